@@ -1,0 +1,1 @@
+"""Errors, checked config sections and the frame around every command; imports no JAX."""

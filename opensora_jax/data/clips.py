@@ -1,0 +1,74 @@
+"""The clips of a table: how a config describes them, and reading each of them once, in batches of one bucket."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from opensora_jax.data.buckets import Bucket, Buckets
+from opensora_jax.data.loader import ClipSource
+from opensora_jax.data.video import VideoError
+
+READ_THREADS = 4
+
+
+@dataclass(frozen=True)
+class ClipDataset:
+    """A config's `dataset` section: the table made by `dataset meta`, and how its files are read.
+
+    `spatial_unit` divides all heights and widths: the autoencoder's stride times the denoiser's patch.
+    """
+
+    data_path: str
+    fps_max: float
+    spatial_unit: int
+    cache_bytes: int
+    max_bad_rate: float
+
+    def source(self, table: pa.Table) -> ClipSource:
+        """Returns the reader of a table's clips."""
+        return ClipSource(
+            table, fps_max=self.fps_max, cache_bytes=self.cache_bytes, max_bad_rate=self.max_bad_rate
+        )
+
+
+def assigned_rows(table: pa.Table, buckets: Buckets, seed: int) -> list[tuple[Bucket, int]]:
+    """Returns (bucket, row) of every row that has a bucket, bucket by bucket. Raises: UserError if none has."""
+    assignment = buckets.assign(table, seed=seed)
+    order = np.argsort(assignment.bucket, kind="stable")
+    return [(assignment.buckets[assignment.bucket[row]], int(row)) for row in order if assignment.bucket[row] >= 0]
+
+
+def read_once(
+    source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int, title: str
+) -> Iterator[tuple[Bucket, list[int], UInt8[np.ndarray, "B T H W 3"]]]:
+    """Yields (bucket, rows, clips) in order, each clip from the start that seed 0 draws.
+
+    A short batch is filled up with copies of its last clip, so that one compiled program serves all. Clips that
+    cannot be read are left out and counted. Raises: UserError when they are too many.
+    """
+    with ThreadPoolExecutor(READ_THREADS) as pool, tqdm(total=len(rows), desc=title, unit="clip") as bar:
+        for bucket, group in groupby(rows, key=lambda pair: pair[0]):
+            ids = [row for _, row in group]
+            for start in range(0, len(ids), batch_size):
+                part = ids[start : start + batch_size]
+                read = pool.map(lambda row, bucket=bucket: _read(source, bucket, row), part)
+                good = [(row, clip) for row, clip in zip(part, read, strict=True) if clip is not None]
+                if good:
+                    clips = [clip for _, clip in good]
+                    clips += clips[-1:] * (batch_size - len(clips))
+                    yield bucket, [row for row, _ in good], np.stack(clips)
+                bar.update(len(part))
+
+
+def _read(source: ClipSource, bucket: Bucket, row: int) -> UInt8[np.ndarray, "T H W 3"] | None:
+    try:
+        return source.read(row, bucket, 0)["video"]
+    except VideoError as error:
+        source.refuse(row, error)
+        return None

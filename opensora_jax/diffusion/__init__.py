@@ -1,0 +1,1 @@
+"""Rectified flow, guidance, conditions and the sampler, on arrays alone."""

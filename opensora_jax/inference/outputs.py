@@ -1,0 +1,84 @@
+"""Sampled videos on disk, each with a record of what made it, so that a second run samples only what is new.
+
+A video is finished when its record stands next to it and holds the same key: a hash of the request, the
+settings and the weights. The record is removed before its video is replaced and written after it.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from opensora_jax.data import video
+from opensora_jax.inference.request import Request
+
+Frames = UInt8[np.ndarray, "T H W 3"]
+
+
+def weights_identity(path: str | Path) -> str:
+    """Returns a hash of the names, sizes and times of a checkpoint's files (of a run's newest step).
+
+    Contents are not read, since hashing an 11B model takes longer than sampling a video; only the latent
+    statistics beside an autoencoder are. A path that does not exist has an identity too: loading is what
+    refuses it.
+    """
+    root = _newest_step(Path(path))
+    files = sorted(root.rglob("*")) if root.is_dir() else [root]
+    stats = [(str(file.relative_to(root)), file.stat()) for file in files if file.is_file()]
+    statistics = Path(path) / "latent.json"
+    latent = statistics.read_text() if statistics.is_file() else None
+    return _digest([str(root.absolute()), latent, [(name, s.st_size, s.st_mtime_ns) for name, s in stats]])
+
+
+def request_key(request: Request, settings: Any) -> str:
+    """Returns a hash of a request, its reference files and `settings` (anything that JSON can hold)."""
+    references = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in request.references]
+    return _digest([request.prompt, request.negative, request.index, request.seed, references, settings])
+
+
+def find(folder: Path, stem: str, key: str) -> dict | None:
+    """Returns the record of a finished video made with the same key, else None."""
+    try:
+        record = json.loads((folder / f"{stem}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record if record["key"] == key and (folder / record["file"]).is_file() else None
+
+
+def save(folder: Path, stem: str, frames: Frames, fps: float, record: dict) -> dict:
+    """Writes the video (a single frame as .png), then its record, and returns the record."""
+    sidecar = folder / f"{stem}.json"
+    sidecar.unlink(missing_ok=True)
+    file = video.write_video(folder / f"{stem}.mp4", frames, fps)
+    record = {"file": file.name, **record}
+    write_json(sidecar, record)
+    return record
+
+
+def read(path: Path) -> Frames:
+    """Returns all frames of a video file. Raises: VideoError for one that cannot be read."""
+    info = video.probe(path)
+    size = (info.height, info.width)
+    return video.read_frames(
+        path, info, start=0, count=info.num_frames, stride=1, size=size, crop=(0, 0, *size)
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, complete or not at all."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _newest_step(path: Path) -> Path:
+    steps = [step for step in path.glob("checkpoints/*") if step.name.isdigit()]
+    return max(steps, key=lambda step: int(step.name), default=path)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -1,0 +1,195 @@
+"""From requests to videos: embed the prompts, sample latents in batches of one fixed size, decode in chunks.
+
+The noise of a video depends on its seed and its place in the prompt list, never on the batch it runs in, so
+another batch size gives the same videos. The last batch is filled up, so that everything compiles once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Float, UInt8
+from tqdm import tqdm
+
+from opensora_jax.config.errors import UserError
+from opensora_jax.diffusion import conditions, flow
+from opensora_jax.diffusion.guidance import StepGuidance, count_passes, plan_distilled, plan_steps
+from opensora_jax.diffusion.sampler import Prompt, Velocity, branch_prompts, denoise
+from opensora_jax.inference.references import read_references
+from opensora_jax.inference.request import Request, SamplingOption, image_size, latent_shape
+from opensora_jax.parallel.batch import batch_sharding
+from opensora_jax.parallel.mesh import data_shards
+
+Video = UInt8[np.ndarray, "T H W 3"]
+TextEncoder = Callable[[Sequence[str]], tuple[Float[Array, "B S D"], Float[Array, "B P"]]]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Sampling with given models; call it with requests.
+
+    `denoiser` and `autoencoder` are NNX modules whose parameters lie on the mesh, `encode_text` maps prompts
+    to token embeddings and pooled vectors. `batch_size` videos are denoised together, split over the mesh's
+    data axes; `decode_batch_size` are decoded together.
+    """
+
+    denoiser: Any
+    autoencoder: Any
+    encode_text: TextEncoder
+    mesh: Mesh
+    batch_size: int
+    decode_batch_size: int
+
+    def __post_init__(self):
+        """Check that the batch can be split over the mesh."""
+        shards = data_shards(self.mesh)
+        if self.batch_size < 1 or self.decode_batch_size < 1 or self.batch_size % shards:
+            raise UserError(
+                f"batch_size and decode_batch_size are at least 1, batch_size a multiple of the {shards} "
+                f"data shards: got {self.batch_size} and {self.decode_batch_size}."
+            )
+
+    def __call__(
+        self, requests: Sequence[Request], option: SamplingOption, cond_type: str
+    ) -> Iterator[tuple[Request, Video]]:
+        """Yields each request with its video, in order, a batch at a time.
+
+        Raises: UserError for sizes and references that the models cannot take.
+        """
+        config = self.denoiser.config
+        shape = latent_shape(option, cond_type, self.autoencoder, config.patch_size)
+        times = flow.schedule(option.num_steps, _alpha(option, shape, config.patch_size))
+        plan = _plan(option, cond_type, shape[0])
+        logging.info("%d forward passes for %d steps of %s", count_passes(plan), len(plan), cond_type)
+        velocity, params = _split(self.denoiser)
+        batches = list(_batches(requests, self.batch_size))
+        with tqdm(total=len(batches) * len(plan), desc="sample", unit="step") as bar:
+            for batch, wanted in batches:
+                mask, reference = self._references(batch, option, cond_type, shape)
+                condition = jnp.concatenate([mask, reference], -1) if config.cond_embed else None
+                latents = denoise(
+                    velocity,
+                    params,
+                    self._spread(draw_noise(batch, shape, self.autoencoder.latent_channels)),
+                    times,
+                    plan,
+                    prompts=self._spread(self._prompts(batch)),
+                    condition=self._spread(condition),
+                    guidance=option.guidance if config.guidance_embed else None,
+                    progress=partial(_count, bar),
+                )
+                latents = conditions.paste(cond_type, latents, mask, reference)
+                videos = self._decode(latents[:wanted], option.num_frames, cond_type)
+                yield from zip(batch, videos, strict=False)
+
+    def _spread(self, batch: Any) -> Any:
+        """Returns arrays split over the mesh along the batch axis."""
+        return jax.device_put(batch, batch_sharding(self.mesh))
+
+    def _prompts(self, batch: Sequence[Request]) -> dict[str, Prompt]:
+        texts = [request.prompt for request in batch], [request.negative for request in batch]
+        return branch_prompts(*(Prompt(*self.encode_text(text)) for text in texts))
+
+    def _references(
+        self, batch: Sequence[Request], option: SamplingOption, cond_type: str, shape: tuple[int, int, int]
+    ) -> tuple[Array, Array]:
+        """Returns the mask and the masked reference latents of a batch, which are posterior modes."""
+        size = image_size(option, self.denoiser.config.patch_size * max(self.autoencoder.strides[1:]))
+        latents = [
+            [
+                _encode(*nnx.split(self.autoencoder), jnp.asarray(clip[None]))[0]
+                for clip in read_references(request, cond_type, size, self.autoencoder)
+            ]
+            for request in batch
+        ]
+        full_shape = (len(batch), *shape, self.autoencoder.latent_channels)
+        return conditions.condition(cond_type, latents, full_shape, self.autoencoder.is_causal)
+
+    def _decode(self, latents: Array, num_frames: int, cond_type: str) -> Iterator[Video]:
+        graph, params = nnx.split(self.autoencoder)
+        size = min(self.decode_batch_size, self.batch_size)
+        for start in range(0, len(latents), size):
+            chunk = latents[start : start + size]
+            padded = jnp.concatenate([chunk, jnp.repeat(chunk[-1:], size - len(chunk), axis=0)])
+            for video in np.asarray(_decode_uint8(graph, params, padded))[: len(chunk)]:
+                yield trim(video, num_frames, cond_type, self.autoencoder)
+
+
+def draw_noise(
+    requests: Sequence[Request], shape: tuple[int, ...], channels: int
+) -> Float[Array, "B T H W C"]:
+    """Returns standard normal noise, each sample from its own seed and index alone."""
+    keys = [jax.random.fold_in(jax.random.key(request.seed), request.index) for request in requests]
+    return jnp.stack([jax.random.normal(key, (*shape, channels)) for key in keys])
+
+
+def trim(
+    video: Video, num_frames: int, cond_type: str, autoencoder: Any
+) -> UInt8[np.ndarray, "t H W 3"]:
+    """Returns the frames asked for, without those that repeat a given image.
+
+    A non-causal autoencoder spreads an image over a whole latent frame, so all but one of its copies go.
+    """
+    video = video[:num_frames]
+    if autoencoder.is_causal or num_frames == 1 or not cond_type.startswith("i2v"):
+        return video
+    head, tail = conditions.visible_frames(cond_type, causal=False)
+    copies = autoencoder.strides[0] - 1
+    return video[head * copies : len(video) - tail * copies]
+
+
+def _plan(option: SamplingOption, cond_type: str, latent_frames: int) -> list[StepGuidance]:
+    if option.method == "distill":
+        return plan_distilled(option.num_steps, latent_frames)
+    return plan_steps(option.guidance_config, option.num_steps, cond_type, latent_frames)
+
+
+def _alpha(option: SamplingOption, shape: tuple[int, int, int], patch_size: int) -> float:
+    if not option.shift:
+        return 1.0
+    if option.flow_shift is not None:
+        return option.flow_shift
+    frames, height, width = shape
+    return flow.shift_alpha(height * width / patch_size**2, frames)
+
+
+def _split(denoiser: nnx.Module) -> tuple[Velocity, Any]:
+    """Returns the denoiser as a pure function of its parameters, and these."""
+    graph, params = nnx.split(denoiser)
+
+    def velocity(params, x, t, text, pooled, condition, guidance):
+        return nnx.merge(graph, params)(x, t, text, pooled, condition, guidance)
+
+    return velocity, params
+
+
+def _batches(requests: Sequence[Request], size: int) -> Iterator[tuple[list[Request], int]]:
+    """Yields (batch, how many of it are wanted), the last batch filled up with its own last request."""
+    for start in range(0, len(requests), size):
+        batch = list(requests[start : start + size])
+        yield batch + batch[-1:] * (size - len(batch)), len(batch)
+
+
+def _count(bar: tqdm, steps: Iterable) -> Iterator:
+    for step in steps:
+        yield step
+        bar.update()
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(graph, params, video):
+    return nnx.merge(graph, params).encode(video)
+
+
+@partial(jax.jit, static_argnums=0)
+def _decode_uint8(graph, params, latents):
+    pixels = nnx.merge(graph, params).decode(latents).astype(jnp.float32)
+    return jnp.floor((jnp.clip(pixels, -1, 1) + 1) * 127.5 + 0.5).astype(jnp.uint8)

@@ -1,0 +1,146 @@
+"""Prompts to what the denoiser reads: T5 embeddings per token and CLIP's pooled vector.
+
+Both encoders come from local folders in Hugging Face's layout, the published ones as well as the small ones
+that `inference.local_encoders` makes.
+Source: hpcaitech/Open-Sora, `opensora/models/text/conditioner.py` (HFEmbedder).
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from opensora_jax.config.errors import UserError
+from opensora_jax.models.clip import CLIPText, CLIPTextConfig
+from opensora_jax.models.t5 import T5Config, T5Encoder
+from opensora_jax.weights.files import open_checkpoint, read_config
+from opensora_jax.weights.rename import load_params
+
+MODELS: dict[str, tuple[type, type]] = {"t5": (T5Config, T5Encoder), "clip": (CLIPTextConfig, CLIPText)}
+PUBLISHED = {"t5": "google/t5-v1_1-xxl", "clip": "openai/clip-vit-large-patch14"}
+READ_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # config, tokenizer, weights
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """A config's `t5` or `clip` section: a local folder, and the tokens to which texts are padded or cut."""
+
+    from_pretrained: str
+    max_length: int
+
+    def __post_init__(self):
+        """Refuse lengths that leave no room for a token and the end mark."""
+        if self.max_length < 2:
+            raise ValueError(f"max_length is at least 2: got {self.max_length}")
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One frozen encoder with its tokenizer; `forward(params, ids)` is compiled once per batch size."""
+
+    config: TextEncoderConfig
+    tokenizer: Callable[..., Any]
+    params: nnx.State
+    forward: Callable[[nnx.State, Array], Array]
+
+    def encode(self, texts: Sequence[str], batch_size: int) -> Float[np.ndarray, "B ..."]:
+        """Returns the outputs in float32, computed `batch_size` texts at a time."""
+        ids = self.tokenize(texts)
+        padded = np.resize(ids, (-(-len(ids) // batch_size) * batch_size, ids.shape[1]))
+        batches = jnp.split(jnp.asarray(padded), len(padded) // batch_size)
+        return np.concatenate([self.forward(self.params, batch) for batch in batches])[: len(ids)]
+
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B S"]:
+        """Returns ids, cut to and padded to `max_length`."""
+        length = self.config.max_length
+        rows = self.tokenizer(list(texts), truncation=True, max_length=length, padding="max_length")
+        return np.asarray(rows["input_ids"], np.int32)
+
+
+class TextEncoders:
+    """T5 and CLIP together; texts are encoded in batches of one size, so that each compiles once."""
+
+    def __init__(self, t5: TextEncoder, clip: TextEncoder, *, dtype: DTypeLike, batch_size: int = 8):
+        self.t5, self.clip, self.dtype, self.batch_size = t5, clip, dtype, batch_size
+
+    @classmethod
+    def load(cls, t5: TextEncoderConfig, clip: TextEncoderConfig, dtype: DTypeLike) -> "TextEncoders":
+        """Returns both encoders read from their folders. Raises: UserError, see `load_encoder`."""
+        return cls(load_encoder("t5", t5, dtype), load_encoder("clip", clip, dtype), dtype=dtype)
+
+    def encode(self, texts: Sequence[str]) -> tuple[Float[Array, "B S D"], Float[Array, "B P"]]:
+        """Returns (token embeddings, pooled vectors) in float32; S is T5's `max_length`."""
+        tokens, pooled = (encoder.encode(texts, self.batch_size) for encoder in (self.t5, self.clip))
+        return jnp.asarray(tokens), jnp.asarray(pooled)
+
+    def identity(self) -> str:
+        """Returns a hash of all that the outputs depend on: weights, configs, tokenizers, lengths, dtype."""
+        parts = [jnp.dtype(self.dtype).name]
+        for encoder in (self.t5, self.clip):
+            parts += [str(encoder.config.max_length), *_file_hashes(Path(encoder.config.from_pretrained))]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def load_encoder(kind: str, config: TextEncoderConfig, dtype: DTypeLike) -> TextEncoder:
+    """Returns the "t5" or "clip" encoder of a folder, its weights held in `dtype`, in which it also computes.
+
+    Raises: UserError for a folder that is missing or incomplete, or a `max_length` beyond CLIP's positions.
+    """
+    folder = Path(config.from_pretrained)
+    if not folder.is_dir():
+        raise UserError(
+            f"{kind}.from_pretrained: there is no folder {folder}; download {PUBLISHED[kind]} into it, "
+            "or make small encoders with `python -m opensora_jax.dataset text`."
+        )
+    config_class, module = MODELS[kind]
+    shape: T5Config | CLIPTextConfig = read_config(folder, config_class)
+    if isinstance(shape, CLIPTextConfig) and config.max_length > shape.max_position_embeddings:
+        longest = shape.max_position_embeddings
+        raise UserError(
+            f"clip.max_length is at most {longest} for {folder}: got {config.max_length}; use {longest}."
+        )
+    abstract = nnx.eval_shape(lambda: module(shape, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+    params = load_params(kind, open_checkpoint(folder), params)
+    return TextEncoder(config, _load_tokenizer(folder), params, _forward(kind, graphdef))
+
+
+def _forward(kind: str, graphdef: nnx.GraphDef) -> Callable[[nnx.State, Array], Array]:
+    @jax.jit
+    def forward(params: nnx.State, ids: Array) -> Array:
+        output = nnx.merge(graphdef, params)(ids)
+        return (output[1] if kind == "clip" else output).astype(jnp.float32)
+
+    return forward
+
+
+def _load_tokenizer(folder: Path) -> Callable[..., Any]:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it advises to install torch
+    from transformers import AutoTokenizer  # a second of import that only encoding needs
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{folder} has no tokenizer that can be read ({reason}); download it again."
+        ) from error
+
+
+def _file_hashes(folder: Path) -> list[str]:
+    hashes = []
+    for path in sorted({path for pattern in READ_FILES for path in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            hashes.append(f"{path.name} {hashlib.file_digest(file, 'blake2b').hexdigest()}")
+    return hashes

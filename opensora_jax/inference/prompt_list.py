@@ -1,0 +1,97 @@
+"""Where prompts come from: the command line, a text file with one a line, or a table with a `text` column."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from opensora_jax.config.errors import UserError
+
+
+class Prompt(NamedTuple):
+    """A prompt as the user wrote it, its position in the whole list and its references."""
+
+    text: str
+    index: int
+    references: tuple[Path, ...] = ()
+    negative: str = ""
+
+
+def from_strings(texts: list[str], reference: str | None) -> list[Prompt]:
+    """Returns the prompts of the command line, all with the same references ("head.png;tail.png")."""
+    paths = tuple(Path(part) for part in (reference or "").split(";") if part)
+    return [Prompt(text.strip(), i, paths) for i, text in enumerate(texts) if text.strip()]
+
+
+def from_file(path: Path) -> list[Prompt]:
+    """Returns a prompt for each line that is not blank.
+
+    Raises: UserError for a missing or empty file.
+    """
+    if not path.is_file():
+        raise UserError(f"The prompt list {path} does not exist. Give a text file with one prompt a line.")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [Prompt(line, i) for i, line in enumerate(filter(None, lines))]
+    if not prompts:
+        raise UserError(f"The prompt list {path} is empty. Write one prompt a line.")
+    return prompts
+
+
+def from_table(path: Path) -> list[Prompt]:
+    """Returns a prompt for each row of a .csv or .parquet with `text` and, if wanted, `ref` and `neg`.
+
+    `ref` lists paths separated by ";", relative to the table's folder or else to the working directory.
+    Raises: UserError for a missing file, an empty table or one without prompts.
+    """
+    columns = _read(path).to_pydict()
+    if "text" not in columns:
+        raise UserError(f"{path} has no column 'text', only {', '.join(columns)}. Add one with the prompts.")
+    count = len(columns["text"])
+    blank = [""] * count
+    rows = zip(columns["text"], columns.get("ref", blank), columns.get("neg", blank), strict=True)
+    prompts = [
+        Prompt(text.strip(), i, _references(ref or "", path.parent), neg or "")
+        for i, (text, ref, neg) in enumerate(rows)
+        if text and text.strip()
+    ]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts. Fill its column 'text'.")
+    return prompts
+
+
+def select(prompts: list[Prompt], start_index: int, num_samples: int | None) -> list[Prompt]:
+    """Returns `num_samples` prompts (None for the rest) from `start_index` on.
+
+    Raises: UserError if that leaves none.
+    """
+    chosen = prompts[start_index:][:num_samples] if start_index >= 0 else []
+    if not chosen:
+        raise UserError(
+            f"start_index {start_index} with num_samples {num_samples} picks none of {len(prompts)} prompts. "
+            f"Use a start_index in 0 .. {len(prompts) - 1}."
+        )
+    return chosen
+
+
+def _read(path: Path) -> pa.Table:
+    if not path.is_file():
+        raise UserError(
+            f"The prompt table {path} does not exist. Give a .csv or .parquet with a column 'text'."
+        )
+    try:
+        if path.suffix == ".parquet":
+            return pa.parquet.read_table(path)
+        text = pa.csv.ConvertOptions(column_types={name: pa.string() for name in ("text", "ref", "neg")})
+        return pa.csv.read_csv(
+            path, convert_options=text, parse_options=pa.csv.ParseOptions(newlines_in_values=True)
+        )
+    except pa.ArrowInvalid as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read as a table: {reason}. Give a .csv or .parquet.") from error
+
+
+def _references(listed: str, folder: Path) -> tuple[Path, ...]:
+    paths = [Path(part.strip()) for part in listed.split(";") if part.strip()]
+    return tuple(folder / path if (folder / path).exists() else path for path in paths)

@@ -1,0 +1,1 @@
+"""The networks: denoisers, autoencoders, text encoders."""

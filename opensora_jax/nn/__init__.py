@@ -1,0 +1,1 @@
+"""Layers from which the models are built; they know no mesh."""

@@ -1,0 +1,52 @@
+"""Dense layer: float32 parameters, compute in the chosen dtype.
+
+Logical axis names travel with each kernel as inert metadata; `parallel.rules` turns them into shardings.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+Init = Callable[[Array, tuple[int, ...], DTypeLike], Array]
+fan_in = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch.nn.Linear's kernel distribution
+zeros = nnx.initializers.zeros_init()
+
+
+class Linear(nnx.Module):
+    """Returns `x @ kernel + bias` in `dtype`, the last axis going from `in_features` to `out_features`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str | None, str | None] = ("embed", "mlp"),
+        *,
+        bias: bool = True,
+        kernel_init: Init = fan_in,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), jnp.float32), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32), axes=(axes[1],)) if bias else None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+        y = jnp.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """Returns rows of a table for integer ids."""
+
+    def __init__(self, vocabulary: int, features: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.dtype = dtype
+        table = 0.02 * jax.random.normal(rngs.params(), (vocabulary, features), jnp.float32)
+        self.table = nnx.Param(table, axes=("vocabulary", "embed"))
+
+    def __call__(self, ids: Array) -> Array:
+        return jnp.take(self.table[...].astype(self.dtype), ids, axis=0)

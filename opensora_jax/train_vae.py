@@ -1,0 +1,125 @@
+"""Trains an autoencoder on clips: `python -m opensora_jax.train_vae --config=configs/vae/train/demo.py`.
+
+After the last step it measures the latent's mean and standard deviation (`latent.json`, which normalises the latent
+for the denoiser) and reconstructs held-out clips (`validation.json`, `reconstructions/`). The same command again
+continues an interrupted run, exactly.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+from absl import logging
+from flax import nnx
+
+from opensora_jax.config.build import build
+from opensora_jax.config.command import run
+from opensora_jax.config.flag import config_flag
+from opensora_jax.data.buckets import Buckets
+from opensora_jax.data.clips import ClipDataset, assigned_rows
+from opensora_jax.data.loader import make_loader
+from opensora_jax.data.plan import Plan
+from opensora_jax.data.records import read_table
+from opensora_jax.parallel.mesh import MeshConfig, data_shards, make_mesh
+from opensora_jax.training import reconstruction, vae
+from opensora_jax.training.loop import LoopConfig, Run
+from opensora_jax.training.optimizer import OptimConfig, make_optimizer
+from opensora_jax.training.state import make_train_step, plan_state
+from opensora_jax.weights.pretrained import AUTOENCODERS, describe, parse_dtype, parse_model
+
+CONFIG = config_flag()
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Clips to validate on: a table of its own, or up to `clips` rows held out of the training table."""
+
+    data_path: str
+    clips: int
+    latent_clips: int  # clips of the training table from which the latent's statistics are measured
+
+
+@dataclass(frozen=True)
+class TrainVAEConfig:
+    """A config of configs/vae/train."""
+
+    folder: str
+    workdir: Path
+    seed: int
+    dtype: str
+    model: Any  # type and the fields of that type
+    dataset: ClipDataset
+    validation: ValidationConfig
+    bucket_config: dict[str, dict[int, Any]]
+    vae_loss_config: vae.VAELossConfig
+    optim: OptimConfig
+    ema_decay: float | None
+    mesh: MeshConfig
+    loop: LoopConfig
+
+
+def main(argv: list[str]) -> Path | None:
+    """Trains as the config says, then measures the result; returns the workdir."""
+    config = build(TrainVAEConfig, CONFIG.value, "config")
+    mesh = make_mesh(config.mesh)
+    module, model_config = parse_model(config.model, AUTOENCODERS, "config.model")
+    dtype, ema = parse_dtype(config.dtype), config.ema_decay is not None
+
+    dataset = config.dataset
+    training, held_out = split(dataset.data_path, config.validation, config.seed)
+    buckets = Buckets(config.bucket_config, spatial_unit=dataset.spatial_unit, fps_max=dataset.fps_max)
+    plan = Plan(training, buckets, seed=config.seed, data_shards=data_shards(mesh))
+    logging.info("%s", plan.describe())
+    host, source = (jax.process_index(), jax.process_count()), dataset.source(training)
+
+    tx = make_optimizer(config.optim, config.loop.num_steps)
+    graphdef, abstract, init = plan_state(
+        lambda: module(model_config, dtype=dtype, rngs=nnx.Rngs(config.seed)), tx, mesh, ema=ema
+    )
+    loss = vae.make_loss(config.vae_loss_config)
+    meta = describe(config.model["type"], model_config) | {"ema": ema, "plan": plan.hash}
+    state = Run(config.workdir, "train_vae", config.seed, mesh, config.loop, meta).fit(
+        make_train_step(graphdef, loss, tx, ema_decay=config.ema_decay),
+        init,
+        abstract,
+        lambda start, stop: make_loader(plan, source, start_step=start, num_steps=stop - start, host=host),
+    )
+    if jax.process_index() == 0:
+        model = nnx.merge(graphdef, state.ema if ema else state.params)
+        rows = assigned_rows(training, buckets, config.seed)[: config.validation.latent_clips]
+        batch_size = rows[0][0].batch_size
+        write_json(config.workdir / "latent.json", reconstruction.measure_latent(model, source, rows, batch_size))
+        rows, folder = assigned_rows(held_out, buckets, config.seed), config.workdir / "reconstructions"
+        measured = reconstruction.validate(model, dataset.source(held_out), rows, batch_size, folder)
+        write_json(config.workdir / "validation.json", measured)
+        logging.info("held-out clips: %s", measured)
+    return config.workdir
+
+
+def split(data_path: str, config: ValidationConfig, seed: int) -> tuple[pa.Table, pa.Table]:
+    """Returns the tables for training and validation; at most a tenth is held out, but one row of two or more."""
+    table = read_table(data_path)
+    if config.data_path:
+        return table, read_table(config.data_path)
+    usable = np.flatnonzero(np.asarray(table["status"].to_pylist()) == "ok")
+    count = max(min(config.clips, len(usable) // 10), min(1, len(usable) - 1))
+    held_out = np.random.default_rng(seed).permutation(usable)[:count]
+    if count == 0:
+        return table, table
+    return table.take(np.setdiff1d(np.arange(len(table)), held_out)), table.take(np.sort(held_out))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file, complete or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    run(main)

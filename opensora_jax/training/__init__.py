@@ -1,0 +1,1 @@
+"""Losses, state, optimiser, loop and checkpoints."""

@@ -1,0 +1,77 @@
+"""What a trained autoencoder makes of clips: the statistics of its latent, its reconstructions and their error.
+
+The statistics are exact, from two sums in float64; the original's script subtracts a running mean and so measures no
+variance.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
+
+from opensora_jax.data.buckets import Bucket
+from opensora_jax.data.clips import read_once
+from opensora_jax.data.loader import ClipSource
+from opensora_jax.data.video import write_video
+from opensora_jax.training.vae import to_bytes, to_pixels
+
+Clip = UInt8[np.ndarray, "T H W 3"]
+
+
+def latent_statistics(latents: Iterable[Float[np.ndarray, "..."]]) -> tuple[list[float], list[float]]:
+    """Returns the mean and standard deviation of each channel (the last axis) over all latents."""
+    count, total, squares = 0, np.zeros(()), np.zeros(())
+    for latent in latents:
+        values = np.asarray(latent, np.float64).reshape(-1, latent.shape[-1])
+        count += len(values)
+        total = total + values.sum(0)
+        squares = squares + (values**2).sum(0)
+    mean = total / count
+    return mean.tolist(), np.sqrt(np.maximum(squares / count - mean**2, 1e-12)).tolist()
+
+
+def measure_latent(model: Any, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int) -> dict[str, Any]:
+    """Returns the `shift_factor` and `scale_factor` per channel that give latents mean 0 and deviation 1."""
+    graphdef, params = nnx.split(model)
+    mean_of = jax.jit(lambda params, video: nnx.merge(graphdef, params).posterior(to_pixels(video)).mean)
+    batches = read_once(source, rows, batch_size, "latent statistics")
+    mean, std = latent_statistics(np.asarray(mean_of(params, video))[: len(ids)] for _, ids, video in batches)
+    return {"shift_factor": mean, "scale_factor": [1 / value for value in std], "clips": len(rows)}
+
+
+def reconstruct(
+    model: Any, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int
+) -> Iterator[tuple[int, Clip, Clip]]:
+    """Yields (row, clip, reconstruction from the posterior's mode)."""
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def through(params, video):
+        model = nnx.merge(graphdef, params)
+        return to_bytes(model.reconstruct(model.posterior(to_pixels(video)).mean))
+
+    for _, ids, video in read_once(source, rows, batch_size, "reconstructions"):
+        yield from zip(ids, video, np.asarray(through(params, video)), strict=False)
+
+
+def validate(
+    model: Any, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int, folder: Path
+) -> dict[str, Any]:
+    """Writes the reconstruction of every clip into `folder`, under the clip's name; returns their mean PSNR."""
+    folder.mkdir(parents=True, exist_ok=True)
+    errors = []
+    for row, clip, reconstruction in reconstruct(model, source, rows, batch_size):
+        errors.append(psnr_db(clip, reconstruction))
+        fps = source.facts["fps"][row].item()
+        write_video(folder / Path(str(source.paths[row])).name, reconstruction, fps if fps == fps else 1.0)
+    return {"psnr_db": float(np.mean(errors)), "psnr_db_worst": float(np.min(errors)), "clips": len(errors)}
+
+
+def psnr_db(a: Clip, b: Clip) -> float:
+    """Returns the peak signal-to-noise ratio of two clips in decibels, at most 100."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 255**2 * 1e-10)))

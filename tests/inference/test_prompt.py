@@ -1,0 +1,174 @@
+"""Local encoders and the prompts that go through them, end to end on tiny folders."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opensora_jax.config.errors import UserError
+from opensora_jax.inference import local_encoders
+from opensora_jax.inference.local_encoders import write_local_encoders
+from opensora_jax.inference.prompt import TextEncoderConfig, TextEncoders, load_encoder
+from opensora_jax.weights.files import open_checkpoint
+
+LENGTH = 13
+CAPTIONS = [
+    f"a {color} {shape}" for color in ("red", "blue", "Grün") for shape in ("circle", "square", "日本")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_local_encoders(
+        tmp_path_factory.mktemp("demo") / "text", CAPTIONS, seed=3, text_length=LENGTH
+    )
+
+
+def load(folder, length=LENGTH, dtype=jnp.float32):
+    t5, clip = (TextEncoderConfig(str(folder / kind), length) for kind in ("t5", "clip"))
+    return TextEncoders.load(t5, clip, dtype)
+
+
+@pytest.fixture(scope="module")
+def encoders(folder):
+    return load(folder)
+
+
+def test_pooled_vectors_of_the_captions_are_standardised(encoders):
+    _, pooled = encoders.encode(CAPTIONS)
+    np.testing.assert_allclose(np.mean(pooled, axis=0), 0, atol=1e-4)
+    bounded = np.abs(encoders.encode([""])[1][0]) > 0.99 * local_encoders.FARTHEST_NULL
+    deviation = np.std(pooled, axis=0)
+    np.testing.assert_allclose(deviation[~bounded], 1, atol=1e-4)
+    assert (deviation[bounded] < 1.001).all()
+
+
+def test_the_empty_text_is_no_extreme_outlier(encoders):
+    assert np.abs(encoders.encode([""])[1]).max() <= local_encoders.FARTHEST_NULL + 1e-3
+
+
+def test_captions_and_unseen_texts_of_any_script_all_differ(encoders):
+    texts = [*CAPTIONS, "", "a", "circle red a", "a cat 🎉", "ÄÖ", "\x00", "word " * 40]
+    tokens, pooled = encoders.encode(texts)
+    assert tokens.shape == (len(texts), LENGTH, 64)
+    assert pooled.shape == (len(texts), 64)
+    assert np.isfinite(tokens).all()
+    assert np.isfinite(pooled).all()
+    for values in (tokens.reshape(len(texts), -1), pooled):
+        assert len(np.unique(np.round(values, 3), axis=0)) == len(texts)
+
+
+def test_a_text_encodes_the_same_alone_and_among_others(encoders):
+    together = encoders.encode(CAPTIONS)
+    for i in (0, 8):
+        for alone, all_of_them in zip(encoders.encode([CAPTIONS[i]]), together, strict=True):
+            np.testing.assert_allclose(alone[0], all_of_them[i], atol=1e-4)
+
+
+def test_ids_are_cut_and_padded_as_in_the_published_tokenizers(encoders):
+    for encoder, pad, start in ((encoders.t5, 0, []), (encoders.clip, 1, [0])):
+        short, long = encoder.tokenize(["a red", "red " * 40])
+        words = encoder.tokenizer("a red", add_special_tokens=False)["input_ids"]
+        assert short.tolist() == start + words + [1] + [pad] * (LENGTH - len(start) - len(words) - 1)
+        assert long[-1] == 1
+        assert (long[1:-1] > 1).all()
+
+
+def test_pooled_vectors_do_not_depend_on_the_padding(encoders, folder):
+    shorter = load_encoder("clip", TextEncoderConfig(str(folder / "clip"), 7), jnp.float32)
+    np.testing.assert_allclose(
+        shorter.encode(["a red circle"], 1), encoders.encode(["a red circle"])[1], atol=1e-4
+    )
+
+
+def test_bfloat16_is_near_float32_and_returned_as_float32(encoders, folder):
+    for low, high in zip(
+        load(folder, dtype=jnp.bfloat16).encode(CAPTIONS), encoders.encode(CAPTIONS), strict=True
+    ):
+        assert low.dtype == jnp.float32
+        assert np.abs(low - high).max() < 0.3
+
+
+def test_the_same_captions_in_any_order_give_the_same_encoders(folder, tmp_path):
+    again = write_local_encoders(tmp_path / "t", CAPTIONS[::-1] + CAPTIONS[:3], seed=3, text_length=LENGTH)
+    for kind in ("t5", "clip"):
+        for name in ("tokenizer.json", "config.json", "model.safetensors"):
+            assert (again / kind / name).read_bytes() == (folder / kind / name).read_bytes()
+    assert load(again).identity() == load(folder).identity()
+
+
+def test_identity_changes_with_weights_length_dtype_and_tokenizer(folder, tmp_path):
+    identities = {
+        load(folder).identity(),
+        load(folder, LENGTH - 1).identity(),
+        load(folder, dtype=jnp.bfloat16).identity(),
+    }
+    other = write_local_encoders(tmp_path / "other", CAPTIONS, seed=4, text_length=LENGTH)
+    identities.add(load(other).identity())
+    shutil.copytree(folder, tmp_path / "copy")
+    assert load(tmp_path / "copy").identity() in identities
+    with (tmp_path / "copy" / "t5" / "tokenizer_config.json").open("a") as file:
+        file.write("\n")
+    identities.add(load(tmp_path / "copy").identity())
+    assert len(identities) == 5
+
+
+def test_a_finished_folder_is_reused_and_other_captions_replace_it(tmp_path):
+    folder = tmp_path / "text"
+    write_local_encoders(folder, CAPTIONS[:3], seed=0, text_length=5)
+    before = (folder / "manifest.json").stat().st_ino
+    write_local_encoders(folder, CAPTIONS[:3], seed=0, text_length=5)
+    assert (folder / "manifest.json").stat().st_ino == before
+    (tmp_path / "text.tmp").mkdir()  # what a killed run leaves
+    write_local_encoders(folder, CAPTIONS[:2], seed=0, text_length=5)
+    assert (folder / "manifest.json").stat().st_ino != before
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+@pytest.mark.parametrize("captions", [[""], ["one"], ["word " * 30]])
+def test_a_single_caption_still_gives_finite_encoders(tmp_path, captions):
+    folder = write_local_encoders(tmp_path / "text", captions, seed=0, text_length=5)
+    tokens, pooled = load(folder, 5).encode(["", *captions, "something else"])
+    assert np.isfinite(tokens).all()
+    assert np.isfinite(pooled).all()
+    assert np.abs(pooled).max() < 100
+
+
+def test_a_folder_with_other_files_is_not_overwritten(tmp_path):
+    for name in ("manifest.json", "precious.txt"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="empty or new folder"):
+        write_local_encoders(tmp_path, CAPTIONS, seed=0, text_length=5)
+
+
+@pytest.mark.parametrize(("captions", "length", "message"), [([], 5, "got none"), (["a"], 2, "at least 3")])
+def test_nothing_to_learn_from_is_refused(tmp_path, captions, length, message):
+    with pytest.raises(UserError, match=message):
+        write_local_encoders(tmp_path / "text", captions, seed=0, text_length=length)
+
+
+def test_the_error_for_a_missing_folder_says_what_to_download(tmp_path):
+    for kind, published in (("t5", "google/t5-v1_1-xxl"), ("clip", "openai/clip-vit-large-patch14")):
+        with pytest.raises(UserError, match=f"{published}.*opensora_jax.dataset text"):
+            load_encoder(kind, TextEncoderConfig(str(tmp_path / "none"), 7), jnp.float32)
+
+
+def test_more_tokens_than_clip_has_positions_are_refused(folder):
+    with pytest.raises(UserError, match=f"at most {LENGTH}"):
+        load_encoder("clip", TextEncoderConfig(str(folder / "clip"), LENGTH + 1), jnp.float32)
+
+
+def test_a_folder_without_tokenizer_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "clip", tmp_path / "clip")
+    for path in (tmp_path / "clip").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_encoder("clip", TextEncoderConfig(str(tmp_path / "clip"), 7), jnp.float32)
+
+
+def test_weights_carry_the_published_names(folder):
+    assert "text_model.encoder.layers.1.self_attn.q_proj.weight" in open_checkpoint(folder / "clip")
+    assert "encoder.block.1.layer.1.DenseReluDense.wi_0.weight" in open_checkpoint(folder / "t5")
+    assert json.loads((folder / "clip" / "config.json").read_text())["vocab_size"] > 256

@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from opensora_jax.config.errors import UserError
+from opensora_jax.inference import prompt_list
+
+
+def test_a_file_gives_one_prompt_for_each_line_that_is_not_blank(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n  a dog  \n")
+    assert [(p.text, p.index) for p in prompt_list.from_file(file)] == [("a cat", 0), ("a dog", 1)]
+
+
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts.parquet"])
+def test_a_table_gives_texts_references_and_negatives(tmp_path, name):
+    (tmp_path / "a.png").touch()
+    table = pa.table({"text": ["a cat, black", "a dog"], "ref": ["a.png;b.png", ""], "neg": ["", "blur"]})
+    if name.endswith("csv"):
+        pa.csv.write_csv(table, tmp_path / name)
+    else:
+        pa.parquet.write_table(table, tmp_path / name)
+    first, second = prompt_list.from_table(tmp_path / name)
+    assert first == ("a cat, black", 0, (tmp_path / "a.png", Path("b.png")), "")
+    assert second == ("a dog", 1, (), "blur")
+
+
+def test_a_part_of_the_list_keeps_its_indices():
+    prompts = prompt_list.from_strings(list("abcde"), None)
+    assert [p.index for p in prompt_list.select(prompts, 2, 2)] == [2, 3]
+    assert [p.index for p in prompt_list.select(prompts, 3, None)] == [3, 4]
+
+
+@pytest.mark.parametrize(("start", "count"), [(5, None), (-1, 2), (0, 0)])
+def test_a_selection_of_nothing_is_refused(start, count):
+    with pytest.raises(UserError, match="picks none of 5 prompts"):
+        prompt_list.select(prompt_list.from_strings(list("abcde"), None), start, count)
+
+
+def test_missing_and_empty_sources_are_refused(tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    with pytest.raises(UserError, match="is empty"):
+        prompt_list.from_file(empty)
+    with pytest.raises(UserError, match="does not exist"):
+        prompt_list.from_file(tmp_path / "nowhere.txt")
+    with pytest.raises(UserError, match="does not exist"):
+        prompt_list.from_table(tmp_path / "nowhere.csv")
+
+
+def test_tables_without_prompts_are_refused(tmp_path):
+    file = tmp_path / "table.csv"
+    file.write_text("caption\na cat\n")
+    with pytest.raises(UserError, match="no column 'text', only caption"):
+        prompt_list.from_table(file)
+    file.write_text("text\n")
+    with pytest.raises(UserError, match="holds no prompts"):
+        prompt_list.from_table(file)
+    file = tmp_path / "table.parquet"
+    file.write_text("no table")
+    with pytest.raises(UserError, match="cannot be read as a table"):
+        prompt_list.from_table(file)
