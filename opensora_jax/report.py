@@ -24,6 +24,7 @@ from opensora_jax.inference import outputs
 from opensora_jax.training.curves import series, write_curves
 from opensora_jax.training.metrics import read_metrics
 
+DEFAULT_FOLDER = "outputs/demo"
 RUNS = {"autoencoder": "vae", "diffusion": "diffusion"}  # name in the summary -> workdir inside the folder
 ATTRIBUTES = ("color", "direction", "background", "shape")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -192,6 +193,7 @@ def directions(folder: Path) -> str:
         "summary.json": "these numbers",
     }
     there = [f"  {folder / name}  {what}" for name, what in names.items() if (folder / name).exists()]
+    elsewhere = "" if folder == Path(DEFAULT_FOLDER) else f"--config.folder={folder} "
     own = "a cyan triangle moves to the left on a light background"
     return "\n".join(
         [
@@ -200,7 +202,7 @@ def directions(folder: Path) -> str:
             "Go on with:",
             "  source .venv/bin/activate",
             "  python -m opensora_jax.sample --config=configs/diffusion/inference/demo.py "
-            f"--config.save_dir={folder / 'mine'} --prompt={own!r}",
+            f"{elsewhere}--config.save_dir={folder / 'mine'} --prompt={own!r}",
             f"  pip install tensorboard && tensorboard --logdir={folder}",
         ]
     )
@@ -228,7 +230,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("folder", "outputs/demo", "output folder of the demo")
+    flags.DEFINE_string("folder", DEFAULT_FOLDER, "output folder of the demo")
     flags.DEFINE_float(
         "wall_seconds", None, "seconds that everything took together, as the launch script measured"
     )

@@ -32,7 +32,7 @@ def start(tmp_path):
     (tmp_path / "requirements.txt").write_text("a==1\n")
     (tmp_path / "requirements-test.txt").write_text("b==1\n")
 
-    def run(command="echo ready in $PWD", requirements=None, **behaviour):
+    def run(command="echo ready in $PWD", requirements="", **behaviour):
         settings = dict.fromkeys(("old", "ensurepip", "system_pip", "offline"), 0) | behaviour
         python = tmp_path / "python"
         text = PYTHON
@@ -40,9 +40,7 @@ def start(tmp_path):
             text = text.replace("{" + name + "}", str(value))
         python.write_text(text)
         python.chmod(0o755)
-        environment = os.environ | {"PYTHON": str(python)}
-        if requirements:
-            environment["REQUIREMENTS"] = requirements
+        environment = os.environ | {"PYTHON": str(python), "REQUIREMENTS": requirements}
         script = f"set -euo pipefail; source {tmp_path}/launch/env.sh; {command}"
         return subprocess.run(
             ["bash", "-c", script], cwd="/", env=environment, capture_output=True, text=True, timeout=60

@@ -51,7 +51,7 @@ def run_verbs(
         return _parse_flags(argv)
 
     def dispatch(argv: list[str]) -> Path | None:
-        if argv[1] not in verbs:
+        if len(argv) < 2 or argv[1] not in verbs:
             raise UserError(_without_verb(argv, verbs))
         return verbs[argv[1]](_without_arguments(argv[:1] + argv[2:]))
 

@@ -6,7 +6,7 @@ another batch size gives the same videos. The last batch is filled up, so that e
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -69,14 +69,14 @@ class Pipeline:
         times = flow.schedule(option.num_steps, _alpha(option, shape, config.patch_size))
         plan = _plan(option, cond_type, shape[0])
         logging.info("%d forward passes for %d steps of %s", count_passes(plan), len(plan), cond_type)
-        velocity, params = _split(self.denoiser)
+        graph, params = nnx.split(self.denoiser)
         batches = list(_batches(requests, self.batch_size))
         with tqdm(total=len(batches) * len(plan), desc="sample", unit="step") as bar:
             for batch, wanted in batches:
                 mask, reference = self._references(batch, option, cond_type, shape)
                 condition = jnp.concatenate([mask, reference], -1) if config.cond_embed else None
                 latents = denoise(
-                    velocity,
+                    _velocity(graph),
                     params,
                     self._spread(draw_noise(batch, shape, self.autoencoder.latent_channels)),
                     times,
@@ -131,9 +131,7 @@ def draw_noise(
     return jnp.stack([jax.random.normal(key, (*shape, channels)) for key in keys])
 
 
-def trim(
-    video: Video, num_frames: int, cond_type: str, autoencoder: Any
-) -> UInt8[np.ndarray, "t H W 3"]:
+def trim(video: Video, num_frames: int, cond_type: str, autoencoder: Any) -> UInt8[np.ndarray, "t H W 3"]:
     """Returns the frames asked for, without those that repeat a given image.
 
     A non-causal autoencoder spreads an image over a whole latent frame, so all but one of its copies go.
@@ -161,14 +159,14 @@ def _alpha(option: SamplingOption, shape: tuple[int, int, int], patch_size: int)
     return flow.shift_alpha(height * width / patch_size**2, frames)
 
 
-def _split(denoiser: nnx.Module) -> tuple[Velocity, Any]:
-    """Returns the denoiser as a pure function of its parameters, and these."""
-    graph, params = nnx.split(denoiser)
+@cache
+def _velocity(graph: nnx.GraphDef) -> Velocity:
+    """Returns the denoiser as a pure function of its parameters; one network, one compile."""
 
     def velocity(params, x, t, text, pooled, condition, guidance):
         return nnx.merge(graph, params)(x, t, text, pooled, condition, guidance)
 
-    return velocity, params
+    return velocity
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[tuple[list[Request], int]]:

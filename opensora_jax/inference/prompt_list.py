@@ -1,7 +1,7 @@
 """Where prompts come from: the command line, a text file with one a line, or a table with a `text` column."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
@@ -10,7 +10,8 @@ import pyarrow.parquet
 from opensora_jax.config.errors import UserError
 
 
-class Prompt(NamedTuple):
+@dataclass(frozen=True)
+class Prompt:
     """A prompt as the user wrote it, its position in the whole list and its references."""
 
     text: str

@@ -25,8 +25,25 @@ def current_tap(rng: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     return jnp.zeros(shape, dtype).at[-1].set(image)
 
 
+def conv_frames(x: Float[Array, "B T H W C"], kernel: Float[Array, "h w C D"], strides: tuple[int, int]) -> Array:
+    """Returns the 2D convolution of every frame without padding, accumulated in float32."""
+    y = jax.lax.conv_general_dilated(
+        rearrange(x, "B T H W C -> (B T) H W C"),
+        kernel,
+        strides,
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=jnp.float32,
+    )
+    return rearrange(y, "(B T) H W C -> B T H W C", B=x.shape[0])
+
+
 class Conv3d(nnx.Module):
-    """Returns the convolution of `x` without padding; the kernel is (time, height, width, in, out)."""
+    """Returns the convolution of `x` without padding in space; the kernel is (time, height, width, in, out).
+
+    In time every output sees the frame at its place and those before; the first frame stands for all before it.
+    That is not padded but repeated after each tap, which saves work and, backwards, copies of the input.
+    """
 
     def __init__(
         self,
@@ -45,22 +62,21 @@ class Conv3d(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32), axes=("mlp",))
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B t h w D"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        batch, taps, step = x.shape[0], kernel.shape[0], self.strides[0]
-        frames = (x.shape[1] - taps) // step + 1
-        x = x.astype(self.dtype)
-        total = jnp.zeros((), jnp.float32)
-        for tap in range(taps):
-            seen = x[:, tap : tap + (frames - 1) * step + 1 : step]
-            total += jax.lax.conv_general_dilated(
-                rearrange(seen, "B T H W C -> (B T) H W C"),
-                kernel[tap],
-                self.strides[1:],
-                "VALID",
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                preferred_element_type=jnp.float32,
-            )
-        return rearrange(total + self.bias[...], "(B T) H W C -> B T H W C", B=batch).astype(self.dtype)
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        taps = len(kernel)
+        total = sum(self._tap(x, kernel[tap], taps - 1 - tap) for tap in range(taps))
+        return (total + self.bias[...]).astype(self.dtype)
+
+    def _tap(self, x: Array, kernel: Array, delay: int) -> Array:
+        """Returns what one tap adds: output t sees frame max(0, t * step - delay)."""
+        step = self.strides[0]
+        frames = (x.shape[1] - 1) // step + 1
+        first = min(frames, delay // step + 1)  # so many outputs see frame 0
+        seen = x[:, : (frames - first) * step + 1 : step]
+        if delay % step:
+            seen = jnp.concatenate([x[:, :1], x[:, first * step - delay : (frames - 1) * step - delay + 1 : step]], axis=1)
+        y = conv_frames(seen, kernel, self.strides[1:])
+        return jnp.concatenate([jnp.repeat(y[:, :1], first - 1, axis=1), y], axis=1) if first > 1 else y
 
 
 class CausalConv3d(nnx.Module):
@@ -83,8 +99,8 @@ class CausalConv3d(nnx.Module):
         self.conv = Conv3d(
             in_features, out_features, kernel_size, strides=strides, kernel_init=kernel_init, dtype=dtype, rngs=rngs
         )
-        border = kernel_size // 2
-        self.padding = ((0, 0), (kernel_size - 1, 0), (border, border), (border, border), (0, 0))
+        border = (kernel_size // 2, kernel_size // 2)
+        self.padding = ((0, 0), (0, 0), border, border, (0, 0))
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B t h w D"]:
         return self.conv(jnp.pad(x, self.padding, mode="edge"))

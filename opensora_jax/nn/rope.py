@@ -12,7 +12,7 @@ from jaxtyping import Float, Num
 Table = tuple[Float[Array, "*B L F"], Float[Array, "*B L F"]]
 
 
-def rope_table(ids: Num[Array, "*B L A"], axes_dim: tuple[int, ...], theta: float) -> Table:
+def rope_table(ids: Num[Array, "*B L A"], axes_dim: tuple[int, ...], theta: float | int) -> Table:
     """Returns cos and sin of the angles of every position, the axes one after the other: F = sum(axes_dim) / 2.
 
     Source: Flux (black-forest-labs/flux, `math.py`); frequencies are theta ** (-2i / axis size), made in float64.

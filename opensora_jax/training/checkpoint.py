@@ -26,9 +26,10 @@ class Checkpoints:
                 preservation_policy=preservation_policy.LatestN(keep_n_latest), enable_async_checkpointing=True
             ),
         )
-        if self.latest_step is None and any(path.name.isdigit() for path in self.folder.iterdir()):
+        steps = {int(path.name) for path in self.folder.iterdir() if path.name.isdigit()}
+        if any(not (self.folder / str(step) / "meta").is_dir() for step in steps | set(self._manager.all_steps())):
             raise UserError(
-                f"{self.folder} holds steps that cannot be read: move it away to start anew, or restore it from a copy"
+                f"{self.folder} holds steps that cannot be read: move them away to start anew or from an older step"
             )
 
     @property

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+Scalars = dict[str, float | int]
+
 
 class MetricsWriter:
     """Writes scalars to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard`, from `start` on.
@@ -23,7 +25,7 @@ class MetricsWriter:
         self._lines = self._path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
+    def write(self, step: int, scalars: Scalars) -> None:
         """Writes the scalars of a step, numbered from 1."""
         self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
         self._lines.flush()
@@ -36,7 +38,7 @@ class MetricsWriter:
         self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[Scalars]:
     """Returns the logged steps; a last line cut short by a crash is left out."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:

@@ -59,7 +59,7 @@ def make_train_step(graphdef: nnx.GraphDef, loss: Loss, tx: optax.GradientTransf
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
-        metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
+        metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step

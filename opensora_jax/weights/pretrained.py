@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,7 @@ def load(section: Section, kinds: Kinds, where: str, *, dtype: DTypeLike, mesh: 
     if (workdir / "latent.json").exists():
         measured = json.loads((workdir / "latent.json").read_text())
         config = type(config)(**(_shallow(config) | {name: tuple(measured[name]) for name in LATENT_FIELDS}))
-    make = partial(module, config, dtype=dtype, rngs=nnx.Rngs(0))
-    graphdef, shapes = nnx.split(nnx.eval_shape(make))
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
     )

@@ -217,6 +217,7 @@ def test_a_verb_is_chosen_by_the_first_argument(command):
         ([], "verbs needs one of: make, mark"),
         (["mkae"], "verbs has no 'mkae'; did you mean 'make'?"),
         (["mkae", "--steps=3"], "verbs has no 'mkae'; did you mean 'make'?"),
+        (["--output", "make"], "verbs needs one of: make, mark"),
         (["it", "make"], "verbs has no 'it'; it has make, mark"),
         (["make", "it"], "unexpected argument 'it'"),
         (["make", "--steps=3"], "there is no flag --steps"),

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from opensora_jax.config.errors import UserError
+from opensora_jax.diffusion import sampler
 from opensora_jax.inference import outputs
 from opensora_jax.inference.pipeline import Pipeline, draw_noise, trim
 from opensora_jax.inference.request import Request, SamplingOption
@@ -98,6 +99,14 @@ def test_a_part_of_the_requests_gives_the_same_videos():
     whole = dict(make_pipeline(2)(REQUESTS, OPTION, "t2v"))
     ((_, alone),) = make_pipeline(2)(REQUESTS[3:4], OPTION, "t2v")
     np.testing.assert_allclose(alone.astype(int), whole[REQUESTS[3]], atol=1)
+
+
+def test_a_second_call_compiles_nothing():
+    pipeline = make_pipeline(2)
+    list(pipeline(REQUESTS[:2], OPTION, "t2v"))
+    compiled = sampler._euler._cache_size()
+    list(pipeline(REQUESTS[2:4], OPTION, "t2v"))
+    assert sampler._euler._cache_size() == compiled
 
 
 def test_noise_follows_seed_and_index():

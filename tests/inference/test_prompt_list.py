@@ -23,8 +23,8 @@ def test_a_table_gives_texts_references_and_negatives(tmp_path, name):
     else:
         pa.parquet.write_table(table, tmp_path / name)
     first, second = prompt_list.from_table(tmp_path / name)
-    assert first == ("a cat, black", 0, (tmp_path / "a.png", Path("b.png")), "")
-    assert second == ("a dog", 1, (), "blur")
+    assert first == prompt_list.Prompt("a cat, black", 0, (tmp_path / "a.png", Path("b.png")), "")
+    assert second == prompt_list.Prompt("a dog", 1, (), "blur")
 
 
 def test_a_part_of_the_list_keeps_its_indices():

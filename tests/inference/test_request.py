@@ -76,7 +76,7 @@ def test_options_that_make_no_sense_are_refused(change, message):
 
 
 def test_a_size_off_the_grid_is_refused_with_its_neighbours():
-    with pytest.raises(UserError, match="height must be divisible by 16: got 50. Use 48 or 64"):
+    with pytest.raises(UserError, match=r"height must be divisible by 16: got 50. Use 48 or 64"):
         image_size(replace(OPTION, height=50), 16)
 
 
