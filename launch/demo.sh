@@ -21,11 +21,13 @@ if [ -n "$DATA" ]; then
     name=$(basename "$DATA")
     OUT=${OUT:-outputs/${name%.*}}
     prompts=(--config.dataset.data_path="$OUT/meta.parquet" --config.num_samples=8)
+    held_out=  # some of your clips are held out instead
 else
     OUT=${OUT:-outputs/demo}
     prompts=(--prompts="$OUT/data/prompts.txt")
+    held_out=$OUT/held_out.parquet
     step python -m opensora_jax.dataset demo --output="$OUT/data"
-    step python -m opensora_jax.dataset meta --input="$OUT/data/held_out.csv" --output="$OUT/held_out.parquet"
+    step python -m opensora_jax.dataset meta --input="$OUT/data/held_out.csv" --output="$held_out"
 fi
 if [ -n "$PROMPTS" ]; then
     prompts=(--prompts="$PROMPTS")
@@ -33,10 +35,9 @@ fi
 
 step python -m opensora_jax.dataset meta --input="${DATA:-$OUT/data/captions.csv}" --output="$OUT/meta.parquet"
 step python -m opensora_jax.dataset text --meta="$OUT/meta.parquet" --output="$OUT/text"
-step python -m opensora_jax.train_vae --config=configs/vae/train/demo.py --config.folder="$OUT"
+step python -m opensora_jax.train_vae --config=configs/vae/train/demo.py --config.folder="$OUT" \
+    --config.validation.data_path="$held_out"
 step python -m opensora_jax.dataset encode --config=configs/diffusion/train/demo.py --config.folder="$OUT"
 step python -m opensora_jax.train --config=configs/diffusion/train/demo.py --config.folder="$OUT"
-step python -m opensora_jax.sample --config=configs/diffusion/inference/demo.py --config.save_dir="$OUT/samples" \
-    --config.model.from_pretrained="$OUT/diffusion" --config.ae.from_pretrained="$OUT/vae" \
-    --config.t5.from_pretrained="$OUT/text/t5" --config.clip.from_pretrained="$OUT/text/clip" "${prompts[@]}"
+step python -m opensora_jax.sample --config=configs/diffusion/inference/demo.py --config.folder="$OUT" "${prompts[@]}"
 step python -m opensora_jax.report --folder="$OUT" --wall_seconds="$SECONDS"

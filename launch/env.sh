@@ -64,5 +64,8 @@ export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-$PWD}/.cache}/opensora_jax/jax}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0.5}"
 
+# Progress bars in a log file or a CI page are a line now and then, not a stream.
+[ -t 2 ] || export TQDM_MININTERVAL="${TQDM_MININTERVAL:-20}"
+
 # Warnings and errors only, from libraries that read these when they load.
 export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}" TRANSFORMERS_VERBOSITY="${TRANSFORMERS_VERBOSITY:-error}"

@@ -30,9 +30,7 @@ REASONS_SHOWN = 5
 def demo(output: Path, num_clips: int, size: int, num_frames: int, fps: int, seed: int) -> Path:
     """Writes the demo set, or finds it finished; returns its folder."""
     shapes.write_dataset(output, num_clips, size, num_frames, fps, seed)
-    print(
-        f"{output}: {num_clips} clips in captions.csv, held-out clips in held_out.csv, prompts in prompts.txt"
-    )
+    print(f"{output}: {num_clips} clips in captions.csv, held-out clips in held_out.csv, prompts in prompts.txt")
     return output
 
 
@@ -43,9 +41,7 @@ def meta(source: Path, output: Path, num_workers: int) -> Path:
     bad = [row for row in rows if row["status"] != "ok"]
     reasons = "; ".join(f"{row['path']}: {row['reason']}" for row in bad[:REASONS_SHOWN])
     if len(bad) == len(rows):
-        raise UserError(
-            f"None of the {len(rows)} files of {source} is a usable video ({reasons}). Give others."
-        )
+        raise UserError(f"None of the {len(rows)} files of {source} is a usable video ({reasons}). Give others.")
     records.write_table(pa.Table.from_pylist(rows, schema=records.SCHEMA), output)
     print(f"{output}: {len(rows) - len(bad)} ok, {len(bad)} bad" + (f" ({reasons})" if bad else ""))
     return output.parent
@@ -55,16 +51,10 @@ def _unchanged_rows(table: Path) -> dict[str, dict[str, Any]]:
     """Usable rows of an earlier run whose file has kept its time and size; bad files get a second chance."""
     rows = records.read_table(table).select(records.SCHEMA.names).to_pylist()
     fine = (row for row in rows if row["status"] == "ok")
-    return {
-        row["path"]: row
-        for row in fine
-        if (row["mtime_ns"], row["size_bytes"]) == records.file_stamp(row["path"])
-    }
+    return {row["path"]: row for row in fine if (row["mtime_ns"], row["size_bytes"]) == records.file_stamp(row["path"])}
 
 
-def _describe_all(
-    pairs: list[tuple[str, str]], known: dict[str, dict[str, Any]], num_workers: int
-) -> list[dict]:
+def _describe_all(pairs: list[tuple[str, str]], known: dict[str, dict[str, Any]], num_workers: int) -> list[dict]:
     def row_of(pair: tuple[str, str]) -> dict[str, Any]:
         path, text = pair
         return known[path] | {"text": text} if path in known else records.describe(path, text)
@@ -76,16 +66,14 @@ def _describe_all(
 def _define_demo() -> None:
     flags.DEFINE_string("output", None, "folder to write", required=True)
     flags.DEFINE_integer("num_clips", 960, "clips for training", lower_bound=1)
-    flags.DEFINE_integer("size", 48, "height and width in pixels")
+    flags.DEFINE_integer("size", 32, "height and width in pixels")
     flags.DEFINE_integer("frames", 9, "frames per clip")
     flags.DEFINE_integer("fps", 8, "frames per second")
     flags.DEFINE_integer("seed", 0, "another seed gives other paths, sizes and order", lower_bound=0)
 
 
 def _define_meta() -> None:
-    flags.DEFINE_string(
-        "input", None, "folder of videos, or a .csv or .parquet with path,text", required=True
-    )
+    flags.DEFINE_string("input", None, "folder of videos, or a .csv or .parquet with path,text", required=True)
     flags.DEFINE_string("output", None, "table to write: .parquet or .csv", required=True)
     flags.DEFINE_integer("num_workers", (os.cpu_count() or 1) + 1, "files probed at a time", lower_bound=1)
 

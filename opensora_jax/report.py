@@ -65,8 +65,7 @@ def summarize(folder: Path, wall_seconds: float | None) -> dict[str, Any]:
         "diffusion": {"training": part(lambda f: training(f / "diffusion"))},
         "prompt_following": part(prompt_following),
         "device": device(),
-        "versions": {name: metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
     part(draw_curves)
     part(copy_contact_sheet)
@@ -123,13 +122,9 @@ def prompt_following(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingPartError(str(path))
     asked = [(folder / "samples" / s["file"], shapes.parse_caption(s["prompt"])) for s in _samples(path)]
-    checked = [
-        (file, spec) for file, spec in asked if spec is not None and file.suffix == ".mp4" and file.is_file()
-    ]
+    checked = [(file, spec) for file, spec in asked if spec is not None and file.suffix == ".mp4" and file.is_file()]
     if not checked:
-        raise MissingPartError(
-            "prompt following (the prompts are not captions of the demo set, so nothing to compare)"
-        )
+        raise MissingPartError("prompt following (the prompts are not captions of the demo set, so nothing to compare)")
     shown = [(shapes.identify(outputs.read(file)), spec) for file, spec in checked]
     right = {name: [seen[name] == getattr(spec, name) for seen, spec in shown] for name in ATTRIBUTES}
     return {"samples": len(shown)} | {f"{name}_accuracy": float(np.mean(right[name])) for name in ATTRIBUTES}
@@ -194,7 +189,7 @@ def directions(folder: Path) -> str:
     }
     there = [f"  {folder / name}  {what}" for name, what in names.items() if (folder / name).exists()]
     elsewhere = "" if folder == Path(DEFAULT_FOLDER) else f"--config.folder={folder} "
-    own = "a cyan triangle moves to the left on a light background"
+    own = "a cyan triangle moves to the left on a gray background"
     return "\n".join(
         [
             "Look at:",
@@ -231,9 +226,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("folder", DEFAULT_FOLDER, "output folder of the demo")
-    flags.DEFINE_float(
-        "wall_seconds", None, "seconds that everything took together, as the launch script measured"
-    )
+    flags.DEFINE_float("wall_seconds", None, "seconds that everything took together, as the launch script measured")
 
 
 if __name__ == "__main__":

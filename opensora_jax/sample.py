@@ -85,9 +85,7 @@ def main(argv: list[str]) -> Path:
     found = {job: record for job in jobs if (record := outputs.find(folder, job.stem, job.key))}
     todo = [job for job in jobs if job not in found]
     if len(todo) < len(jobs):
-        logging.info(
-            "%d of %d videos are in %s already and are kept", len(jobs) - len(todo), len(jobs), folder
-        )
+        logging.info("%d of %d videos are in %s already and are kept", len(jobs) - len(todo), len(jobs), folder)
     if todo:
         found |= sample(config, todo)
     records = [found[job] for job in jobs]
@@ -113,15 +111,11 @@ def read_prompts(config: SampleConfig) -> list[prompt_list.Prompt]:
     else:
         prompts = []
     if not prompts:
-        raise UserError(
-            'There is no prompt. Give --prompt="..." (repeatable), --prompts=FILE or dataset.data_path.'
-        )
+        raise UserError('There is no prompt. Give --prompt="..." (repeatable), --prompts=FILE or dataset.data_path.')
     return prompt_list.select(prompts, config.start_index, config.num_samples)
 
 
-def make_requests(
-    config: SampleConfig, prompts: list[prompt_list.Prompt]
-) -> Iterator[tuple[Request, str, str]]:
+def make_requests(config: SampleConfig, prompts: list[prompt_list.Prompt]) -> Iterator[tuple[Request, str, str]]:
     """Yields (request, file stem, prompt as written) of every video; a missing seed is drawn once a run."""
     first = config.sampling_option.seed
     first = secrets.randbelow(2**31) if first is None else first

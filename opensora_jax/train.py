@@ -26,7 +26,7 @@ from opensora_jax.parallel.mesh import MeshConfig, data_shards, make_mesh
 from opensora_jax.training.diffusion import DropoutRatio, FlowConfig, NullText, make_loss
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
-from opensora_jax.training.state import plan_state, make_train_step
+from opensora_jax.training.state import make_train_step, plan_state
 from opensora_jax.weights.pretrained import DENOISERS, describe, parse_dtype, parse_model
 
 CONFIG = config_flag()
@@ -48,6 +48,7 @@ class TrainConfig:
     latents: Path
     encode: EncodeConfig
     bucket_config: dict[str, dict[int, Any]]
+    small_buckets: str  # what to do with fewer samples than a batch: error, drop or repeat
     flow: FlowConfig
     dropout_ratio: DropoutRatio
     optim: OptimConfig
@@ -66,7 +67,8 @@ def main(argv: list[str]) -> Path | None:
     cache = LatentCache(config.latents, key=None)
     check_fits(model_config, cache)
     buckets = CachedBuckets(config.bucket_config)
-    plan = Plan(cache.index, buckets, seed=config.seed, data_shards=data_shards(mesh))
+    shards, small = data_shards(mesh), config.small_buckets
+    plan = Plan(cache.index, buckets, seed=config.seed, data_shards=shards, small_buckets=small)
     logging.info("%s", plan.describe())
     host, source = (jax.process_index(), jax.process_count()), LatentSource(cache)
 
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> Path | None:
     graphdef, abstract, init = plan_state(
         lambda: module(model_config, dtype=dtype, rngs=nnx.Rngs(config.seed)), tx, mesh, ema=ema
     )
-    loss = make_loss(config.flow, config.dropout_ratio, NullText(**cache.null_text))
+    loss = make_loss(config.flow, config.dropout_ratio, NullText(**jax.device_put(cache.null_text)))
     meta = describe(config.model["type"], model_config) | {"ema": ema, "latents": cache.key, "plan": plan.hash}
     Run(config.workdir, "train", config.seed, mesh, config.loop, meta).fit(
         make_train_step(graphdef, loss, tx, ema_decay=config.ema_decay),

@@ -21,7 +21,7 @@ from opensora_jax.config.build import build
 from opensora_jax.config.command import run
 from opensora_jax.config.flag import config_flag
 from opensora_jax.data.buckets import Buckets
-from opensora_jax.data.clips import ClipDataset, assigned_rows
+from opensora_jax.data.clips import ClipDataset, ImageSteps, assigned_rows
 from opensora_jax.data.loader import make_loader
 from opensora_jax.data.plan import Plan
 from opensora_jax.data.records import read_table
@@ -54,8 +54,10 @@ class TrainVAEConfig:
     dtype: str
     model: Any  # type and the fields of that type
     dataset: ClipDataset
+    images: ImageSteps
     validation: ValidationConfig
     bucket_config: dict[str, dict[int, Any]]
+    small_buckets: str  # what to do with fewer samples than a batch: error, drop or repeat
     vae_loss_config: vae.VAELossConfig
     optim: OptimConfig
     ema_decay: float | None
@@ -73,7 +75,8 @@ def main(argv: list[str]) -> Path | None:
     dataset = config.dataset
     training, held_out = split(dataset.data_path, config.validation, config.seed)
     buckets = Buckets(config.bucket_config, spatial_unit=dataset.spatial_unit, fps_max=dataset.fps_max)
-    plan = Plan(training, buckets, seed=config.seed, data_shards=data_shards(mesh))
+    shards, small = data_shards(mesh), config.small_buckets
+    plan = Plan(training, buckets, seed=config.seed, data_shards=shards, small_buckets=small)
     logging.info("%s", plan.describe())
     host, source = (jax.process_index(), jax.process_count()), dataset.source(training)
 
@@ -87,7 +90,9 @@ def main(argv: list[str]) -> Path | None:
         make_train_step(graphdef, loss, tx, ema_decay=config.ema_decay),
         init,
         abstract,
-        lambda start, stop: make_loader(plan, source, start_step=start, num_steps=stop - start, host=host),
+        lambda start, stop: config.images.apply(
+            make_loader(plan, source, start_step=start, num_steps=stop - start, host=host), config.seed
+        ),
     )
     if jax.process_index() == 0:
         model = nnx.merge(graphdef, state.ema if ema else state.params)

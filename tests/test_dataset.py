@@ -51,9 +51,7 @@ def mixed(tmp_path) -> Path:
 def test_meta_tells_good_files_from_bad_ones(mixed, tmp_path, capsys):
     dataset.meta(mixed, tmp_path / "meta.parquet", 2)
     rows = {Path(r["path"]).name: r for r in records.read_table(tmp_path / "meta.parquet").to_pylist()}
-    sizes = {
-        name: (r["num_frames"], r["height"], r["width"]) for name, r in rows.items() if r["status"] == "ok"
-    }
+    sizes = {name: (r["num_frames"], r["height"], r["width"]) for name, r in rows.items() if r["status"] == "ok"}
     assert sizes == {
         "a.mp4": (7, 34, 46),
         "b.mp4": (5, 62, 38),
@@ -97,9 +95,7 @@ def test_the_commands_make_and_describe_the_demo_set(tmp_path):
     assert described.returncode == 0, described.stderr
     assert described.stdout == f"{table}: 3 ok, 0 bad\n"
     assert records.read_table(table)["num_frames"].to_pylist() == [5, 5, 5]
-    assert [json.loads(line)["command"] for line in (data / "runs.jsonl").read_text().splitlines()] == [
-        "dataset demo"
-    ]
+    assert [json.loads(line)["command"] for line in (data / "runs.jsonl").read_text().splitlines()] == ["dataset demo"]
 
 
 @pytest.mark.parametrize(

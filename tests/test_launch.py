@@ -89,9 +89,7 @@ def test_an_interrupted_install_is_done_again(start, tmp_path):
 def test_a_python_without_ensurepip_uses_the_systems_pip(start, tmp_path):
     process = start(ensurepip=1)
     assert process.returncode == 0, process.stderr
-    assert installs(tmp_path) == [
-        "-m pip --python .venv/bin/python install -qq --no-compile -r requirements.txt"
-    ]
+    assert installs(tmp_path) == ["-m pip --python .venv/bin/python install -qq --no-compile -r requirements.txt"]
 
 
 def test_no_pip_at_all_is_one_line(start):

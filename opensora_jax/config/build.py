@@ -40,9 +40,7 @@ def build(cls: type[T], section: Any, where: str) -> T:
         if name in section:
             values[name] = convert(_read(section, name, where), hints[name], f"{where}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(
-                f"{where}.{name} is missing: it takes {describe(hints[name])}; add it to the config"
-            )
+            raise UserError(f"{where}.{name} is missing: it takes {describe(hints[name])}; add it to the config")
     try:
         return cls(**values)
     except ValueError as error:
@@ -65,16 +63,12 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return _convert_tuple(value, arguments, hint, where)
     if origin in (dict, Mapping):
         pairs = _checked(value, isinstance(value, ConfigDict | Mapping), hint, where).items()
-        return {
-            convert(k, arguments[0], where): convert(v, arguments[1], f"{where}[{k!r}]") for k, v in pairs
-        }
+        return {convert(k, arguments[0], where): convert(v, arguments[1], f"{where}[{k!r}]") for k, v in pairs}
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(typing.cast(type, hint), value, where)  # type: ignore
     if hint in _SCALARS:
         accepts, make = _SCALARS[hint]
-        return make(
-            _checked(value, isinstance(value, accepts) and type(value) is not _not(hint), hint, where)
-        )
+        return make(_checked(value, isinstance(value, accepts) and type(value) is not _not(hint), hint, where))
     raise TypeError(f"{where}: configs cannot hold {hint!r}")
 
 
@@ -155,9 +149,7 @@ def _convert_tuple(value: Any, items: tuple[Any, ...], hint: Any, where: str) ->
         items = items[:1] * len(value)
     _checked(value, len(value) == len(items), hint, where)
     pairs = zip(value, items, strict=True)
-    return tuple(
-        convert(item, item_hint, f"{where}[{index}]") for index, (item, item_hint) in enumerate(pairs)
-    )
+    return tuple(convert(item, item_hint, f"{where}[{index}]") for index, (item, item_hint) in enumerate(pairs))
 
 
 def _plain(value: Any) -> Any:

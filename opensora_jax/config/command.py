@@ -61,9 +61,7 @@ def run_verbs(
 def peak_memory_bytes() -> int:
     """Returns the most memory this process held at a time plus the most that any one of its children did."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return unit * sum(
-        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    return unit * sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 _QUIET = {  # read when these libraries load, so a command that wants them quiet imports them in its functions

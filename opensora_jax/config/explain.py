@@ -28,9 +28,7 @@ def explain(error: Exception) -> str | None:
     for cause in _chain(error):
         for code, advice in _DISK.items():
             if getattr(cause, "errno", None) == code or os.strerror(code) in str(cause):
-                return (
-                    f"{getattr(cause, 'filename', None) or _quoted_path(cause) or _output_folder()}: {advice}"
-                )
+                return f"{getattr(cause, 'filename', None) or _quoted_path(cause) or _output_folder()}: {advice}"
     return None
 
 
@@ -53,9 +51,7 @@ def _explain_flag(error: flags.Error) -> str:
     """Returns absl's complaint in the house's words where there are any."""
     if isinstance(error, flags.UnrecognizedFlagError):
         if error.flagname.startswith("config."):
-            return (
-                f"--{error.flagname} overrides a config that is not given: put --config=configs/... before it"
-            )
+            return f"--{error.flagname} overrides a config that is not given: put --config=configs/... before it"
         return f"there is no flag --{error.flagname}; {suggestion(error.flagname, _own_flags())}"
     if match := re.search(r"Flag --(\S+) must have a value other than None", str(error)):
         return missing(match[1])

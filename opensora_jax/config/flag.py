@@ -52,18 +52,14 @@ def load_config(path: str | Path) -> ConfigDict:
     Raises: UserError when the file is missing or fails, with the line at fault.
     """
     if not Path(path).is_file():
-        raise UserError(
-            f"config file {path} does not exist: the ones that come with the code are in configs/"
-        )
+        raise UserError(f"config file {path} does not exist: the ones that come with the code are in configs/")
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if get_config else None
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"config file {path} fails{_place(path, error)}: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"config file {path} fails{_place(path, error)}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"config file {path} needs a function get_config() that returns a ConfigDict")
     return config.lock()
@@ -92,9 +88,7 @@ def _check_override(config: ConfigDict, override: str) -> None:
     try:
         parts = config_path.split(override)
     except ValueError:
-        raise UserError(
-            f"--config.{override} is no path: write --config.a.b=1 or --config.a['key']=1"
-        ) from None
+        raise UserError(f"--config.{override} is no path: write --config.a.b=1 or --config.a['key']=1") from None
     holder: Any = config
     trail = "config"
     for part in parts:
@@ -106,9 +100,7 @@ def _check_override(config: ConfigDict, override: str) -> None:
         holder = holder[part]
         trail += f".{part}" if isinstance(part, str) else f"[{part!r}]"
     if field_type in (types.NoneType, list):
-        raise UserError(
-            f"{trail} is {holder!r} and cannot be overridden: set it in a config file of your own"
-        )
+        raise UserError(f"{trail} is {holder!r} and cannot be overridden: set it in a config file of your own")
 
 
 def _place(path: str | Path, error: Exception) -> str:

@@ -89,9 +89,7 @@ def resolution_sizes(resolution: str, *, spatial_unit: int) -> tuple[int, Sizes]
     every = ratio_sizes(pixels, spatial_unit=spatial_unit, distinct=False)
     name = setting.removeprefix("ar")
     if name == setting or name not in every:
-        raise UserError(
-            f'resolution "{resolution}": after "_" stands "max" or "ar" and one of {", ".join(every)}'
-        )
+        raise UserError(f'resolution "{resolution}": after "_" stands "max" or "ar" and one of {", ".join(every)}')
     return pixels, {name: sizes.get(name, every[name])}
 
 

@@ -36,9 +36,7 @@ class Bucket:
     batch_size: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.resolution} {self.aspect_ratio}, {self.num_frames} frames of {self.height}x{self.width}"
-        )
+        return f"{self.resolution} {self.aspect_ratio}, {self.num_frames} frames of {self.height}x{self.width}"
 
 
 class Unassigned(NamedTuple):
@@ -192,10 +190,7 @@ class _Draws:
             return np.ones(len(rows), bool)
         fresh = rows[self.slot[rows] < 0]
         self.slot[fresh] = len(self.values) + np.arange(len(fresh))
-        streams = [
-            np.random.default_rng(self.seed + row * self.stride).random(self.per_row)
-            for row in fresh.tolist()
-        ]
+        streams = [np.random.default_rng(self.seed + row * self.stride).random(self.per_row) for row in fresh.tolist()]
         self.values = np.concatenate([self.values, np.reshape(streams, (-1, self.per_row))])
         value = self.values[self.slot[rows], self.used[rows]]
         self.used[rows] += 1

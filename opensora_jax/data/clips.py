@@ -11,7 +11,8 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from opensora_jax.data.buckets import Bucket, Buckets
-from opensora_jax.data.loader import ClipSource
+from opensora_jax.data.loader import Batch, ClipSource
+from opensora_jax.data.plan import mix
 from opensora_jax.data.video import VideoError
 
 READ_THREADS = 4
@@ -32,9 +33,39 @@ class ClipDataset:
 
     def source(self, table: pa.Table) -> ClipSource:
         """Returns the reader of a table's clips."""
-        return ClipSource(
-            table, fps_max=self.fps_max, cache_bytes=self.cache_bytes, max_bad_rate=self.max_bad_rate
-        )
+        return ClipSource(table, fps_max=self.fps_max, cache_bytes=self.cache_bytes, max_bad_rate=self.max_bad_rate)
+
+
+@dataclass(frozen=True)
+class ImageSteps:
+    """The first `steps` steps see `frames` frames of every clip, each as an image of its own; 0 steps: none."""
+
+    steps: int
+    frames: int
+
+    def __post_init__(self):
+        """Refuse what no batch can give."""
+        if self.steps < 0 or self.frames < 1:
+            raise ValueError(f"images needs steps >= 0 and frames >= 1: got {self.steps} and {self.frames}.")
+
+    def apply(self, batches: Iterator[Batch], seed: int) -> Iterator[Batch]:
+        """Yields the batches, the early ones with (B * frames, 1, H, W, 3) videos.
+
+        Which frames are taken depends on the seed, the step and the sample alone; at most all of a clip.
+        """
+        for batch in batches:
+            if int(batch["step"]) >= self.steps:
+                yield batch
+                continue
+            video, ids = batch["video"], batch["sample_id"].astype(np.uint64)
+            count = min(self.frames, video.shape[1])
+            draws = mix(seed, int(batch["step"]), ids[:, None], np.arange(video.shape[1])[None])
+            chosen = np.sort(np.argsort(draws, axis=1)[:, :count], axis=1)
+            images = np.take_along_axis(video, chosen[:, :, None, None, None], axis=1)
+            yield batch | {
+                "video": images.reshape(-1, 1, *video.shape[2:]),
+                "sample_id": np.repeat(batch["sample_id"], count),
+            }
 
 
 def assigned_rows(table: pa.Table, buckets: Buckets, seed: int) -> list[tuple[Bucket, int]]:

@@ -27,9 +27,7 @@ from opensora_jax.config.errors import UserError
 from opensora_jax.data.buckets import Assignment, Bucket, Table, Unassigned
 
 VERSION = 1
-RECORD_OPTIONS = (
-    "group_size:1,uncompressed"  # larger groups read slowly at random; float32 noise does not compress
-)
+RECORD_OPTIONS = "group_size:1,uncompressed"  # larger groups read slowly at random; float32 noise does not compress
 BUCKET_FIELDS = ("resolution", "aspect_ratio", "num_frames", "height", "width")
 INDEX_SCHEMA = pa.schema(
     [
@@ -64,9 +62,7 @@ class LatentWriter:
         self._rows: list[dict[str, Any]] = []
         self._shapes: dict[Any, tuple[int, ...]] = {}
 
-    def add_text(
-        self, text: str, embedding: Float[np.ndarray, "S D"], pooled: Float[np.ndarray, " P"]
-    ) -> int:
+    def add_text(self, text: str, embedding: Float[np.ndarray, "S D"], pooled: Float[np.ndarray, " P"]) -> int:
         """Returns the id of the caption, which is written only once; "" is the null text."""
         if text not in self._captions:
             self._check_shape("text embeddings", embedding)
@@ -100,9 +96,7 @@ class LatentWriter:
         rows = [row | {"caption": captions[row["text_id"]]} for row in self._rows]
         pq.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), self.building / "index.parquet")
         about = {"version": VERSION, "key": self.key, "latents": len(self._rows), "texts": self._captions}
-        (self.building / "cache.json").write_text(
-            json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8"
-        )
+        (self.building / "cache.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
         os.replace(self.building, self.folder)
         return self.folder
 
@@ -135,9 +129,7 @@ class LatentCache:
         self._text_ids = self.index["text_id"].to_numpy()
         self._fps = self.index["fps"].to_numpy()
         if (len(self._latents), len(self._texts)) != (len(self.index), len(self.captions)):
-            raise UserError(
-                f"{folder} is damaged: its index and its records differ; delete it and encode again"
-            )
+            raise UserError(f"{folder} is damaged: its index and its records differ; delete it and encode again")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -183,12 +175,8 @@ class CachedBuckets:
             if (name, frames) in self.batch_sizes
         }
         if not buckets:
-            cached = (
-                ", ".join(sorted({f"{shape[0]} with {shape[2]} frames" for shape in shapes})) or "nothing"
-            )
-            raise UserError(
-                f"the latents hold {cached}: bucket_config has no such line; change it or encode again"
-            )
+            cached = ", ".join(sorted({f"{shape[0]} with {shape[2]} frames" for shape in shapes})) or "nothing"
+            raise UserError(f"the latents hold {cached}: bucket_config has no such line; change it or encode again")
         place = {shape: i for i, shape in enumerate(buckets)}
         found = np.array([place.get(shape, -1) for shape in shapes], np.int64)
         missing = int((found < 0).sum())

@@ -120,9 +120,7 @@ def _read_or_replace(plan: Plan, source: Source, bucket: Bucket, sample_id: int,
         except VideoError as error:
             source.refuse(sample_id, error)
         sample_id = int(pool[mix(seed, attempt)[0] % np.uint64(len(pool))])
-    raise UserError(
-        f"{bucket}: {REPLACEMENTS} samples in a row cannot be read; probe the files again (`dataset meta`)"
-    )
+    raise UserError(f"{bucket}: {REPLACEMENTS} samples in a row cannot be read; probe the files again (`dataset meta`)")
 
 
 class LatentSource:
@@ -151,9 +149,7 @@ class ClipSource:
     def __init__(self, table: pa.Table, *, fps_max: float | int, cache_bytes: int, max_bad_rate: float | int):
         self.fps_max, self.max_bad_rate = fps_max, max_bad_rate
         self.paths = table["path"]
-        self.facts = {
-            name: table[name].to_numpy() for name in ("num_frames", "height", "width", "fps", "variable_fps")
-        }
+        self.facts = {name: table[name].to_numpy() for name in ("num_frames", "height", "width", "fps", "variable_fps")}
         self.bad_clips: dict[str, str] = {}
         self._reads = self._bad_reads = 0
         self._lock = threading.Lock()
@@ -175,9 +171,7 @@ class ClipSource:
             size, crop = resize_and_crop(
                 info.height, info.width, (bucket.height, bucket.width), image=info.num_frames == 1
             )
-            clip = read_frames(
-                path, info, start=start, count=bucket.num_frames, stride=stride, size=size, crop=crop
-            )
+            clip = read_frames(path, info, start=start, count=bucket.num_frames, stride=stride, size=size, crop=crop)
             self._cache.put(key, clip)
         return {"video": clip}
 

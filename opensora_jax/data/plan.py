@@ -57,9 +57,7 @@ class Plan:
     several times).
     """
 
-    def __init__(
-        self, table: Table, buckets: Assigner, *, seed: int, data_shards: int, small_buckets: str = "error"
-    ):
+    def __init__(self, table: Table, buckets: Assigner, *, seed: int, data_shards: int, small_buckets: str = "error"):
         if small_buckets not in SMALL_BUCKETS:
             raise UserError(f'small_buckets is one of {", ".join(SMALL_BUCKETS)}: got "{small_buckets}"')
         if data_shards < 1:
@@ -159,9 +157,7 @@ class Plan:
         return Step(self.buckets[which], ids, mix(self.seed, 3, epochs, ids))
 
     def _too_small(self, groups: list[tuple[Bucket, np.ndarray]], small: list[Bucket]) -> str:
-        counts = [
-            f"{b} has {len(rows)} for a batch of {self.batch_size(b)}" for b, rows in groups if b in small
-        ]
+        counts = [f"{b} has {len(rows)} for a batch of {self.batch_size(b)}" for b, rows in groups if b in small]
         shown = "; ".join(counts[:3]) + (f"; and {len(counts) - 3} more" if len(counts) > 3 else "")
         return (
             f"{len(small)} bucket(s) have too few samples for a global batch over {self.data_shards} data "
@@ -196,15 +192,12 @@ def mix(*parts: int | np.ndarray) -> UInt64[np.ndarray, " N"]:
 
 def _group(assignment: Assignment) -> list[tuple[Bucket, np.ndarray]]:
     """Returns the buckets that have rows, in the order of the assignment, and their rows, ascending."""
-    small = assignment.bucket.astype(
-        np.min_scalar_type(-len(assignment.buckets) - 1)
-    )  # 16 bits sort in linear time
+    small = assignment.bucket.astype(np.min_scalar_type(-len(assignment.buckets) - 1))  # 16 bits sort in linear time
     order = np.argsort(small, kind="stable")
     sorted_bucket = assignment.bucket[order]
     used = np.unique(sorted_bucket[sorted_bucket >= 0])
     ends = np.searchsorted(sorted_bucket, used, side="right")
     starts = np.searchsorted(sorted_bucket, used, side="left")
     return [
-        (assignment.buckets[b], order[start:end])
-        for b, start, end in zip(used.tolist(), starts, ends, strict=True)
+        (assignment.buckets[b], order[start:end]) for b, start, end in zip(used.tolist(), starts, ends, strict=True)
     ]

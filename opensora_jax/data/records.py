@@ -79,9 +79,7 @@ def read_table(path: str | Path) -> pa.Table:
     try:
         columns = [table[field.name].cast(field.type) for field in SCHEMA]
     except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{path} has a value of the wrong type: {error}. Make it again with `dataset meta`."
-        ) from None
+        raise UserError(f"{path} has a value of the wrong type: {error}. Make it again with `dataset meta`.") from None
     extra = [name for name in table.column_names if name not in SCHEMA.names]
     table = pa.table(columns + [table[name] for name in extra], names=SCHEMA.names + extra)
     return _mark_incomplete(table)
@@ -111,9 +109,7 @@ def list_videos(source: str | Path) -> list[tuple[str, str]]:
     """
     source = Path(source)
     if not source.exists():
-        raise UserError(
-            f"No data at {source}: give a folder of videos, or a .csv or .parquet with path,text."
-        )
+        raise UserError(f"No data at {source}: give a folder of videos, or a .csv or .parquet with path,text.")
     pairs = _list_folder(source) if source.is_dir() else _list_table(source)
     if not pairs:
         raise UserError(f"No videos in {source}: it needs files such as .mp4, or rows with path,text.")
@@ -206,9 +202,7 @@ def _require(table: pa.Table, names: list[str], path: Path) -> None:
     missing = [name for name in names if name not in table.column_names]
     if missing:
         need = ",".join(names)
-        raise UserError(
-            f"{path} lacks {', '.join(missing)}: it needs {need}. Add them or run `dataset meta` on it."
-        )
+        raise UserError(f"{path} lacks {', '.join(missing)}: it needs {need}. Add them or run `dataset meta` on it.")
 
 
 def _with_column(table: pa.Table, name: str, column: Any) -> pa.Table:

@@ -32,12 +32,12 @@ COLORS = {  # RGB; hues about 60 degrees apart, of medium brightness, so that bo
     "magenta": (212, 32, 196),
 }
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # x, y; y grows downwards
-BACKGROUNDS = {"dark": (18, 18, 18), "light": (238, 238, 238)}
+BACKGROUNDS = {"dark": (36, 36, 36), "gray": (150, 150, 150)}
 PHRASES = {"right": "to the right", "left": "to the left", "up": "up", "down": "down"}
 
-RADIUS = (0.17, 0.21)  # of the width, of the circle; square and triangle have the circle's area
-TRAVEL = (0.34, 0.44)  # of the width, first to last frame
-MARGIN, WANDER = 0.02, 0.12  # distance kept from the border; offset from the middle, across the motion
+RADIUS = (0.18, 0.22)  # of the width, of the circle; square and triangle have the circle's area
+TRAVEL = (0.28, 0.36)  # of the width, first to last frame
+MARGIN, WANDER = 0.02, 0.08  # distance kept from the border; offset from the middle, across the motion
 HALF_EXTENT = {"circle": 1.0, "square": np.sqrt(np.pi) / 2, "triangle": np.sqrt(2 * np.pi) / 2}  # in radii
 SUPERSAMPLING = 4
 FOREGROUND_LEVELS = 70  # difference from the border's median, of 255, in any channel
@@ -111,7 +111,7 @@ def identify(video: UInt8[np.ndarray, "T H W 3"]) -> dict[str, str | None]:
         "shape": _shape_of(mask),
         "color": _color_of(video[mask]),
         "direction": _direction_of(mask),
-        "background": "light" if ground.mean() > 127.5 else "dark",
+        "background": min(BACKGROUNDS, key=lambda name: abs(ground.mean() - BACKGROUNDS[name][0])),
     }
 
 
@@ -123,18 +123,14 @@ def write_dataset(output: Path, num_clips: int, size: int, num_frames: int, fps:
     """
     if num_clips < 1 or size < 16 or size % 2 or num_frames < 2 or fps < 1:
         given = f"num_clips={num_clips} size={size} frames={num_frames} fps={fps}"
-        raise UserError(
-            f"The demo set needs 1 clip, an even size from 16, 2 frames, 1 fps or more: got {given}."
-        )
+        raise UserError(f"The demo set needs 1 clip, an even size from 16, 2 frames, 1 fps or more: got {given}.")
     wanted = {"version": MANIFEST_VERSION, "num_clips": num_clips, "size": size, "frames": num_frames}
     wanted |= {"fps": fps, "seed": seed}
     manifest = output / "manifest.json"
     if manifest.exists():
         found = json.loads(manifest.read_text())
         if found != wanted:
-            raise UserError(
-                f"{output} holds a set made with {found}, not {wanted}: delete it or choose another."
-            )
+            raise UserError(f"{output} holds a set made with {found}, not {wanted}: delete it or choose another.")
         return output
     train = [(f"videos/{i:05d}.mp4", spec, seed + i) for i, spec in enumerate(_train_specs(num_clips, seed))]
     held_out = [spec for spec in held_out_specs() for _ in range(HELD_OUT_CLIPS)]
@@ -158,9 +154,7 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> Bool[np.
     return tests[shape]()
 
 
-def _coverage(
-    shape: str, x: np.ndarray, y: np.ndarray, radius: float, size: int
-) -> Float[np.ndarray, "T H W"]:
+def _coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float, size: int) -> Float[np.ndarray, "T H W"]:
     """The covered part of each pixel, by counting sub-pixels; positions and radius are in widths."""
     n = size * SUPERSAMPLING
     points = ((np.arange(n) + 0.5) / n).astype(np.float32)
@@ -238,9 +232,7 @@ def _train_specs(num_clips: int, seed: int) -> list[Shape]:
     return [specs[i] for _ in range(rounds) for i in rng.permutation(len(specs))][:num_clips]
 
 
-def _write_clips(
-    output: Path, clips: list[tuple[str, Shape, int]], size: int, num_frames: int, fps: int
-) -> None:
+def _write_clips(output: Path, clips: list[tuple[str, Shape, int]], size: int, num_frames: int, fps: int) -> None:
     for folder in {(output / name).parent for name, _, _ in clips}:
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -255,9 +247,7 @@ def _write_clips(
 
 def _caption_csv(clips: list[tuple[str, Shape, int]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [("path", "text"), *((n, caption(s)) for n, s, _ in clips)]
-    )
+    csv.writer(text, lineterminator="\n").writerows([("path", "text"), *((n, caption(s)) for n, s, _ in clips)])
     return text.getvalue()
 
 

@@ -12,9 +12,7 @@ from opensora_jax.data.transforms import target_fps
 NO_FPS_LIMIT = 999  # from here on fps_max means "any frame rate", and the caption does not name one
 
 
-def training_text(
-    text: str, *, fps: float | int, fps_max: float | int, motion_score: float | int | None = None
-) -> str:
+def training_text(text: str, *, fps: float | int, fps_max: float | int, motion_score: float | int | None = None) -> str:
     """Returns the caption with its training suffix: "A cat. 24 FPS, 3 motion score.".
 
     fps is the file's own rate (NaN for an image: not named); motion_score may be None or NaN (not named).

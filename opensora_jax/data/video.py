@@ -24,9 +24,7 @@ from jaxtyping import UInt8
 from opensora_jax.config.errors import UserError
 
 TIMEOUT_SECONDS = 120
-SCALE_FLAGS = (
-    "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # bicubic widens when shrinking: antialiased
-)
+SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # bicubic widens when shrinking: antialiased
 JITTER_FRAMES = 0.25  # a frame further than this from the uniform grid makes a file variable-rate
 DISCARD_OR_CORRUPT = 0x2 | 0x4  # packet flags of libavcodec
 
@@ -99,9 +97,7 @@ def read_frames(
     return np.frombuffer(out, np.uint8).reshape(count, crop[2], crop[3], 3)
 
 
-def write_video(
-    path: str | Path, frames: UInt8[np.ndarray, "T H W 3"], fps: int | float, *, crf: int = 17
-) -> Path:
+def write_video(path: str | Path, frames: UInt8[np.ndarray, "T H W 3"], fps: int | float, *, crf: int = 17) -> Path:
     """Writes H.264 (yuv420p, bt709) as `.mp4`, one frame as `.png`; returns the path with that suffix.
 
     The file appears complete or not at all, and the same frames give the same bytes. Raises VideoError for
@@ -146,18 +142,14 @@ def binary() -> str:
     chosen = os.environ.get("FFMPEG_BINARY")
     if chosen:
         if shutil.which(chosen) is None:
-            raise UserError(
-                f"FFMPEG_BINARY={chosen} is no executable; unset it or give the path of an ffmpeg."
-            )
+            raise UserError(f"FFMPEG_BINARY={chosen} is no executable; unset it or give the path of an ffmpeg.")
         return chosen
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
         found = shutil.which("ffmpeg")
     if found is None:
-        raise UserError(
-            "No ffmpeg found: `pip install imageio-ffmpeg`, or set FFMPEG_BINARY to an executable."
-        )
+        raise UserError("No ffmpeg found: `pip install imageio-ffmpeg`, or set FFMPEG_BINARY to an executable.")
     return found
 
 
@@ -181,9 +173,7 @@ def _clip_graph(
         options["ss"] = f"{start / info.fps - lead:.6f}"
     video = _input(path, **options)["V:0"]
     if info.variable_fps:
-        video = video.filter(
-            "fps", fps=f"{info.fps:.9f}", start_time=f"{lead:.6f}", round="near", eof_action="pass"
-        )
+        video = video.filter("fps", fps=f"{info.fps:.9f}", start_time=f"{lead:.6f}", round="near", eof_action="pass")
     video = video.filter("select", f"not(mod(n,{stride}))")
     video = video.filter("scale", size[1], size[0], flags=SCALE_FLAGS).filter("format", "rgb24")
     video = video.filter("crop", crop[3], crop[2], crop[1], crop[0])

@@ -98,8 +98,7 @@ def _place(
     first, last = references[0], references[-1]
     if first.shape[0] < head or last.shape[0] < tail:
         raise ValueError(
-            f"{name} needs a reference of {max(head, tail)} latent frames: got {first.shape[0]}. "
-            "Give a longer clip."
+            f"{name} needs a reference of {max(head, tail)} latent frames: got {first.shape[0]}. Give a longer clip."
         )
     middle = jnp.zeros((shape[0] - head - tail, *shape[1:]))
     return jnp.concatenate([first[:head], middle, last[last.shape[0] - tail :]])

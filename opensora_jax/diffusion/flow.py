@@ -33,7 +33,7 @@ def target(x0: Float[Array, "..."], noise: Float[Array, "..."]) -> Float[Array, 
 
 
 def shift_alpha(tokens_per_frame: float | int, latent_frames: int) -> float:
-    """Returns how far times move towards noise: linear in tokens of one frame (256 -> 1, 4096 -> 3) times sqrt(frames)."""
+    """Returns how far times move to noise: linear in tokens of one frame (256 -> 1, 4096 -> 3) times sqrt(frames)."""
     return (1.0 + (tokens_per_frame - 256) * (3.0 - 1.0) / (4096 - 256)) * math.sqrt(latent_frames)
 
 

@@ -68,7 +68,9 @@ def run(job: EncodeJob) -> LatentCache:
     writer = LatentWriter(job.latents, key)
     captions = table["text"].to_pylist()
     text_ids = _write_texts(writer, texts, sorted({captions[row] for _, row in rows} - {""}))
-    _write_latents(writer, autoencoder, dataset.source(table), rows, {row: text_ids[captions[row]] for _, row in rows}, config)
+    _write_latents(
+        writer, autoencoder, dataset.source(table), rows, {row: text_ids[captions[row]] for _, row in rows}, config
+    )
     return LatentCache(writer.finish(), key)
 
 

@@ -40,9 +40,7 @@ def write_local_encoders(folder: str | Path, captions: list[str], *, seed: int, 
     """
     folder, captions = Path(folder), sorted(set(captions))
     if not captions:
-        raise UserError(
-            "The text encoders need captions: got none. Give a table with at least one usable video."
-        )
+        raise UserError("The text encoders need captions: got none. Give a table with at least one usable video.")
     if text_length < 3:
         raise UserError(f"text_length is at least 3 (start, one token, end): got {text_length}.")
     manifest = _manifest(captions, seed, text_length)

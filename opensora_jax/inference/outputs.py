@@ -63,9 +63,7 @@ def read(path: Path) -> Frames:
     """Returns all frames of a video file. Raises: VideoError for one that cannot be read."""
     info = video.probe(path)
     size = (info.height, info.width)
-    return video.read_frames(
-        path, info, start=0, count=info.num_frames, stride=1, size=size, crop=(0, 0, *size)
-    )
+    return video.read_frames(path, info, start=0, count=info.num_frames, stride=1, size=size, crop=(0, 0, *size))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -123,9 +123,7 @@ class Pipeline:
                 yield trim(video, num_frames, cond_type, self.autoencoder)
 
 
-def draw_noise(
-    requests: Sequence[Request], shape: tuple[int, ...], channels: int
-) -> Float[Array, "B T H W C"]:
+def draw_noise(requests: Sequence[Request], shape: tuple[int, ...], channels: int) -> Float[Array, "B T H W C"]:
     """Returns standard normal noise, each sample from its own seed and index alone."""
     keys = [jax.random.fold_in(jax.random.key(request.seed), request.index) for request in requests]
     return jnp.stack([jax.random.normal(key, (*shape, channels)) for key in keys])

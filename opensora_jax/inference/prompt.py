@@ -106,9 +106,7 @@ def load_encoder(kind: str, config: TextEncoderConfig, dtype: DTypeLike) -> Text
     shape: T5Config | CLIPTextConfig = read_config(folder, config_class)
     if isinstance(shape, CLIPTextConfig) and config.max_length > shape.max_position_embeddings:
         longest = shape.max_position_embeddings
-        raise UserError(
-            f"clip.max_length is at most {longest} for {folder}: got {config.max_length}; use {longest}."
-        )
+        raise UserError(f"clip.max_length is at most {longest} for {folder}: got {config.max_length}; use {longest}.")
     abstract = nnx.eval_shape(lambda: module(shape, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(abstract)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
@@ -133,9 +131,7 @@ def _load_tokenizer(folder: Path) -> Callable[..., Any]:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{folder} has no tokenizer that can be read ({reason}); download it again."
-        ) from error
+        raise UserError(f"{folder} has no tokenizer that can be read ({reason}); download it again.") from error
 
 
 def _file_hashes(folder: Path) -> list[str]:

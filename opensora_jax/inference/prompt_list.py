@@ -78,16 +78,12 @@ def select(prompts: list[Prompt], start_index: int, num_samples: int | None) -> 
 
 def _read(path: Path) -> pa.Table:
     if not path.is_file():
-        raise UserError(
-            f"The prompt table {path} does not exist. Give a .csv or .parquet with a column 'text'."
-        )
+        raise UserError(f"The prompt table {path} does not exist. Give a .csv or .parquet with a column 'text'.")
     try:
         if path.suffix == ".parquet":
             return pa.parquet.read_table(path)
         text = pa.csv.ConvertOptions(column_types={name: pa.string() for name in ("text", "ref", "neg")})
-        return pa.csv.read_csv(
-            path, convert_options=text, parse_options=pa.csv.ParseOptions(newlines_in_values=True)
-        )
+        return pa.csv.read_csv(path, convert_options=text, parse_options=pa.csv.ParseOptions(newlines_in_values=True))
     except pa.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read as a table: {reason}. Give a .csv or .parquet.") from error

@@ -19,9 +19,7 @@ from opensora_jax.inference.request import LatentGeometry, Request
 Clip = Float[np.ndarray, "T H W 3"]
 
 
-def read_references(
-    request: Request, cond_type: str, size: tuple[int, int], autoencoder: LatentGeometry
-) -> list[Clip]:
+def read_references(request: Request, cond_type: str, size: tuple[int, int], autoencoder: LatentGeometry) -> list[Clip]:
     """Returns the clips of a request as pixels in [-1, 1] at `size` (height, width), head first.
 
     Raises: UserError for a file that cannot be read or is too short.
@@ -29,13 +27,9 @@ def read_references(
     head, tail = visible_frames(cond_type, autoencoder.is_causal)
     clips = []
     if head:
-        clips.append(
-            _read(request.references[0], pixel_frames(head, autoencoder), size, cond_type, from_end=False)
-        )
+        clips.append(_read(request.references[0], pixel_frames(head, autoencoder), size, cond_type, from_end=False))
     if tail:
-        clips.append(
-            _read(request.references[-1], pixel_frames(tail, autoencoder), size, cond_type, from_end=True)
-        )
+        clips.append(_read(request.references[-1], pixel_frames(tail, autoencoder), size, cond_type, from_end=True))
     return clips
 
 
@@ -52,8 +46,7 @@ def _read(path: Path, count: int, size: tuple[int, int], cond_type: str, *, from
         info = video.probe(path)
         if info.num_frames < count:
             raise UserError(
-                f"The reference {path} has {info.num_frames} frames, {cond_type} needs {count}. "
-                "Give a longer one."
+                f"The reference {path} has {info.num_frames} frames, {cond_type} needs {count}. Give a longer one."
             )
         geometry = resize_and_crop(info.height, info.width, size, image=info.num_frames == 1)
         start = info.num_frames - count if from_end else 0

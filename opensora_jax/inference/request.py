@@ -55,13 +55,9 @@ class SamplingOption:
         by_name = (self.resolution is not None, self.aspect_ratio is not None)
         by_size = (self.height is not None, self.width is not None)
         if by_name not in {(True, True), (False, False)} or by_size not in {(True, True), (False, False)}:
-            _refuse(
-                "resolution goes with aspect_ratio, height with width: half a pair is missing. Give both."
-            )
+            _refuse("resolution goes with aspect_ratio, height with width: half a pair is missing. Give both.")
         if by_name == by_size:
-            _refuse(
-                "give either resolution with aspect_ratio or height with width, and leave the others None."
-            )
+            _refuse("give either resolution with aspect_ratio or height with width, and leave the others None.")
         if min(self.num_frames, self.num_steps) < 1:
             _refuse(f"num_frames and num_steps are at least 1: got {self.num_frames} and {self.num_steps}.")
         if self.method not in METHODS:
@@ -128,9 +124,7 @@ def check_condition(option: SamplingOption, cond_type: str, requests: Sequence[R
     Raises: UserError for no request, an unknown condition, a missing reference or a missing image scale.
     """
     if not requests:
-        raise UserError(
-            'There is no prompt. Give --prompt="..." (repeatable), --prompts=FILE or dataset.data_path.'
-        )
+        raise UserError('There is no prompt. Give --prompt="..." (repeatable), --prompts=FILE or dataset.data_path.')
     if cond_type not in CONDITIONS:
         raise UserError(f"Unknown cond_type '{cond_type}'. Allowed: {', '.join(CONDITIONS)}.")
     if cond_type == "t2v":
@@ -142,14 +136,12 @@ def check_condition(option: SamplingOption, cond_type: str, requests: Sequence[R
     for request in requests:
         if not request.references:
             raise UserError(
-                f"cond_type {cond_type} needs a reference: '{request.prompt}' has none. "
-                "Give --ref or a ref column."
+                f"cond_type {cond_type} needs a reference: '{request.prompt}' has none. Give --ref or a ref column."
             )
         for path in request.references:
             if not path.is_file():
                 raise UserError(
-                    f"The reference {path} of '{request.prompt}' does not exist. "
-                    "Check --ref or the ref column."
+                    f"The reference {path} of '{request.prompt}' does not exist. Check --ref or the ref column."
                 )
 
 

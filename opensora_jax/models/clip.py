@@ -53,9 +53,7 @@ class CLIPText(nnx.Module):
         width = config.hidden_size
         self.token_embedding = Embedding(config.vocab_size, width, dtype=dtype, rngs=rngs)
         self.position_embedding = Embedding(config.max_position_embeddings, width, dtype=dtype, rngs=rngs)
-        self.layers = Stack(
-            lambda rngs: CLIPBlock(config, dtype=dtype, rngs=rngs), config.num_hidden_layers, rngs=rngs
-        )
+        self.layers = Stack(lambda rngs: CLIPBlock(config, dtype=dtype, rngs=rngs), config.num_hidden_layers, rngs=rngs)
         self.final_layer_norm = LayerNorm(width, eps=config.layer_norm_eps, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "B S"]) -> tuple[Float[Array, "B S D"], Float[Array, "B D"]]:
@@ -102,12 +100,8 @@ class CLIPFeedForward(nnx.Module):
     """Two dense layers around x * sigmoid(1.702 x), CLIP's cheap approximation of GELU."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.fc1 = Linear(
-            config.hidden_size, config.intermediate_size, ("embed", "mlp"), dtype=dtype, rngs=rngs
-        )
-        self.fc2 = Linear(
-            config.intermediate_size, config.hidden_size, ("mlp", "embed"), dtype=dtype, rngs=rngs
-        )
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         x = self.fc1(x)

@@ -19,9 +19,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from opensora_jax.kernels.attention import attention
-from opensora_jax.nn.conv3d import CausalConv3d, Conv3d, Triple
+from opensora_jax.nn.conv3d import CausalConv3d, Conv3d, Triple, orthogonal_blur
 from opensora_jax.nn.linear import Linear
 from opensora_jax.nn.norm import GroupNorm
+
+FIRST_LOGVAR = -6.0  # training starts with little noise on the latent
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class FrameCausalAttention(nnx.Module):
         self.to_out = Linear(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
-        B, T, H, W, C = x.shape
+        _, T, H, W, _ = x.shape
         tokens = rearrange(self.group_norm(x), "B T H W C -> B (T H W) C")
         q, k, v = (to(tokens)[:, :, None] for to in (self.to_q, self.to_k, self.to_v))
         frame = np.repeat(np.arange(T), H * W)
@@ -114,9 +116,7 @@ class MidBlock(nnx.Module):
         channels, groups = config.block_out_channels[-1], config.norm_num_groups
         self.resnets = nnx.List([ResnetBlock(channels, channels, groups, dtype=dtype, rngs=rngs) for _ in range(2)])
         attend = config.mid_block_add_attention
-        self.attentions = nnx.List(
-            [FrameCausalAttention(channels, groups, dtype=dtype, rngs=rngs)] if attend else []
-        )
+        self.attentions = nnx.List([FrameCausalAttention(channels, groups, dtype=dtype, rngs=rngs)] if attend else [])
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
         x = self.resnets[0](x)
@@ -129,7 +129,9 @@ class Downsample(nnx.Module):
     """A strided causal convolution."""
 
     def __init__(self, channels: int, strides: Triple, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.conv = CausalConv3d(channels, channels, strides=strides, dtype=dtype, rngs=rngs)
+        self.conv = CausalConv3d(
+            channels, channels, strides=strides, kernel_init=orthogonal_blur, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B t h w C"]:
         return self.conv(x)
@@ -140,7 +142,7 @@ class Upsample(nnx.Module):
 
     def __init__(self, channels: int, factors: Triple, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.factors = factors
-        self.conv = CausalConv3d(channels, channels, dtype=dtype, rngs=rngs)
+        self.conv = CausalConv3d(channels, channels, kernel_init=orthogonal_blur, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B t h w C"]:
         for axis, factor in enumerate(self.factors, start=1):
@@ -163,7 +165,9 @@ def _run(x: Array, *lists: nnx.List) -> Array:
 class DownLevel(nnx.Module):
     """Resnets at one resolution, then a strided convolution unless all strides are 1."""
 
-    def __init__(self, c_in: int, c_out: int, strides: Triple, layers: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, c_in: int, c_out: int, strides: Triple, layers: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.resnets = _resnets(c_in, c_out, layers, groups, dtype=dtype, rngs=rngs)
         resample = max(strides) > 1
         self.downsamplers = nnx.List([Downsample(c_out, strides, dtype=dtype, rngs=rngs)] if resample else [])
@@ -175,7 +179,9 @@ class DownLevel(nnx.Module):
 class UpLevel(nnx.Module):
     """Resnets at one resolution, then growth unless all factors are 1."""
 
-    def __init__(self, c_in: int, c_out: int, factors: Triple, layers: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, c_in: int, c_out: int, factors: Triple, layers: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.resnets = _resnets(c_in, c_out, layers, groups, dtype=dtype, rngs=rngs)
         resample = max(factors) > 1
         self.upsamplers = nnx.List([Upsample(c_out, factors, dtype=dtype, rngs=rngs)] if resample else [])
@@ -206,7 +212,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latent to pixels. No mirror of the encoder: its first level grows in space alone when the encoder's first shrinks so."""
+    """Latent to pixels. No mirror of the encoder: the strides come in the same order, so time grows last."""
 
     def __init__(self, config: HunyuanVAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
@@ -251,6 +257,7 @@ class HunyuanVAE(nnx.Module):
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
         self.quant_conv = Conv3d(2 * latent, 2 * latent, 1, dtype=dtype, rngs=rngs)
+        self.quant_conv.bias[...] = self.quant_conv.bias[...].at[latent:].set(FIRST_LOGVAR)
         self.post_quant_conv = Conv3d(latent, latent, 1, dtype=dtype, rngs=rngs)
 
     @property
@@ -273,10 +280,12 @@ class HunyuanVAE(nnx.Module):
         t, h, w = self.strides
         if (frames - 1) % t:
             below = (frames - 1) // t * t + 1
-            raise ValueError(f"The autoencoder takes 1 + {t} n frames: got {frames}. Use {below} or {below + t}.")
+            raise ValueError(f"The autoencoder takes 1 + {t} n frames: got {frames}: use {below} or {below + t}.")
         if height % h or width % w:
             near = f"{max(1, round(height / h)) * h}x{max(1, round(width / w)) * w}"
-            raise ValueError(f"The autoencoder takes heights and widths divisible by {h}: got {height}x{width}. Use {near}.")
+            raise ValueError(
+                f"The autoencoder takes heights and widths divisible by {h}: got {height}x{width}: use {near}."
+            )
         return (frames - 1) // t + 1, height // h, width // w
 
     def posterior(self, video: Float[Array, "B T H W C"]) -> Posterior:

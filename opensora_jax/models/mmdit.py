@@ -58,9 +58,7 @@ class MMDiTConfig:
                 f"hidden_size must be divisible by num_heads: got {self.hidden_size} and {self.num_heads}."
             )
         if sum(self.axes_dim) != self.head_size or any(d % 2 for d in self.axes_dim):
-            raise ValueError(
-                f"axes_dim must be even and sum to the head size {self.head_size}: got {self.axes_dim}."
-            )
+            raise ValueError(f"axes_dim must be even and sum to the head size {self.head_size}: got {self.axes_dim}.")
         if self.in_channels % self.patch_size**2:
             raise ValueError(
                 f"in_channels counts a token, so it is divisible by patch_size^2 = {self.patch_size**2}: "
@@ -155,7 +153,9 @@ def modulate(x: Float[Array, "B L D"], shift: Array, scale: Array) -> Float[Arra
 class DoubleStreamBlock(nnx.Module):
     """Text and video keep weights of their own and meet in one attention."""
 
-    def __init__(self, config: MMDiTConfig, rotate: Callable[[Array, Table], Array], *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MMDiTConfig, rotate: Callable[[Array, Table], Array], *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.rotate = rotate
         width, hidden = config.hidden_size, config.mlp_size
         self.img_mod = Modulation(width, 6, dtype=dtype, rngs=rngs)
@@ -192,7 +192,9 @@ class SingleStreamBlock(nnx.Module):
     Source: parallel layers of ViT-22B (Dehghani et al. 2023, arXiv:2302.05442), as in Flux.
     """
 
-    def __init__(self, config: MMDiTConfig, rotate: Callable[[Array, Table], Array], *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MMDiTConfig, rotate: Callable[[Array, Table], Array], *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.rotate, self.config = rotate, config
         width, hidden, linear = config.hidden_size, config.mlp_size, partial(Linear, dtype=dtype, rngs=rngs)
         self.modulation = Modulation(width, 3, dtype=dtype, rngs=rngs)

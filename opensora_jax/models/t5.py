@@ -40,9 +40,7 @@ class T5Config:
     def __post_init__(self):
         """Refuse the T5 of version 1.0, which has another feed-forward layer."""
         if self.feed_forward_proj != "gated-gelu":
-            raise ValueError(
-                f"T5 needs feed_forward_proj 'gated-gelu' (v1.1): got {self.feed_forward_proj!r}."
-            )
+            raise ValueError(f"T5 needs feed_forward_proj 'gated-gelu' (v1.1): got {self.feed_forward_proj!r}.")
 
 
 class T5Encoder(nnx.Module):

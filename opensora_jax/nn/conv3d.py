@@ -16,13 +16,23 @@ from opensora_jax.nn.linear import Init
 Triple = tuple[int, int, int]
 
 
-def current_tap(rng: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Returns kernels that see only the current frame: an image network, from which video training starts faster.
+def orthogonal_point(rng: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Returns kernels that mix channels at one point, the centre of the current frame, and keep their lengths.
 
-    Source: centre ("tail") initialisation when inflating image networks to causal video, MAGVIT-v2 (Yu et al. 2023).
+    A deep network of such kernels passes all colours through; products of random ones pass little but brightness.
+    Source: delta-orthogonal kernels, Xiao et al. 2018 (arXiv:1806.05393); kernels that start as an image network,
+    MAGVIT-v2 (Yu et al. 2023, arXiv:2310.05737).
     """
-    image = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")(rng, shape[1:], dtype)
-    return jnp.zeros(shape, dtype).at[-1].set(image)
+    mix = nnx.initializers.orthogonal()(rng, shape[-2:], dtype) * max(1.0, shape[-1] / shape[-2]) ** 0.5
+    centre = shape[1] // 2
+    return jnp.zeros(shape, dtype).at[-1, centre, centre].set(mix)
+
+
+def orthogonal_blur(rng: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Returns `orthogonal_point` spread by a (1, 2, 1) / 4 filter, for kernels that change the resolution."""
+    weights = jnp.asarray([1.0, 2.0, 1.0], dtype) / 4
+    point = orthogonal_point(rng, shape, dtype)[-1, 1, 1]
+    return jnp.zeros(shape, dtype).at[-1].set(jnp.einsum("h,w,io->hwio", weights, weights, point))
 
 
 def conv_frames(x: Float[Array, "B T H W C"], kernel: Float[Array, "h w C D"], strides: tuple[int, int]) -> Array:
@@ -52,7 +62,7 @@ class Conv3d(nnx.Module):
         kernel_size: int,
         *,
         strides: Triple = (1, 1, 1),
-        kernel_init: Init = current_tap,
+        kernel_init: Init = orthogonal_point,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -63,6 +73,8 @@ class Conv3d(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B t h w D"]:
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if x.shape[1] == 1:  # all taps see the one frame
+            kernel = kernel.sum(0, keepdims=True)
         taps = len(kernel)
         total = sum(self._tap(x, kernel[tap], taps - 1 - tap) for tap in range(taps))
         return (total + self.bias[...]).astype(self.dtype)
@@ -74,7 +86,9 @@ class Conv3d(nnx.Module):
         first = min(frames, delay // step + 1)  # so many outputs see frame 0
         seen = x[:, : (frames - first) * step + 1 : step]
         if delay % step:
-            seen = jnp.concatenate([x[:, :1], x[:, first * step - delay : (frames - 1) * step - delay + 1 : step]], axis=1)
+            seen = jnp.concatenate(
+                [x[:, :1], x[:, first * step - delay : (frames - 1) * step - delay + 1 : step]], axis=1
+            )
         y = conv_frames(seen, kernel, self.strides[1:])
         return jnp.concatenate([jnp.repeat(y[:, :1], first - 1, axis=1), y], axis=1) if first > 1 else y
 
@@ -92,7 +106,7 @@ class CausalConv3d(nnx.Module):
         kernel_size: int = 3,
         *,
         strides: Triple = (1, 1, 1),
-        kernel_init: Init = current_tap,
+        kernel_init: Init = orthogonal_point,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):

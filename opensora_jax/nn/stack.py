@@ -16,9 +16,7 @@ class Stack(nnx.Module):
     Source: `grad_ckpt_settings` in Open-Sora 2.0 counts the checkpointed blocks in the same way.
     """
 
-    def __init__(
-        self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: int = 0, rngs: nnx.Rngs
-    ):
+    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: int = 0, rngs: nnx.Rngs):
         self.depth, self.remat = depth, min(remat, depth)
         build = nnx.split_rngs(splits=depth)(nnx.vmap(make_block, axis_size=depth))
         self.blocks = build(rngs)

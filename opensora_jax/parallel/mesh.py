@@ -14,7 +14,10 @@ from jax.sharding import AxisType, Mesh
 from opensora_jax.config.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")  # a batch is split over both: fsdp devices hold parts of the parameters *and* of the batch
+BATCH_AXES = (
+    "data",
+    "fsdp",
+)  # a batch is split over both: fsdp devices hold parts of the parameters *and* of the batch
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def state_shardings(state: Any, params: nnx.State, mesh: Mesh) -> Any:
 
     A leaf is sharded like the parameter whose path ends its own; all else is replicated.
     """
-    by_path = {path: leaf for path, leaf in jax.tree.leaves_with_path(param_shardings(params, mesh))}
+    by_path = dict(jax.tree.leaves_with_path(param_shardings(params, mesh)))
     shapes = {path: leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:

@@ -59,4 +59,3 @@ class Checkpoints:
         """Waits for the last save to be complete and releases the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
-

@@ -87,7 +87,10 @@ class Run:
         writer: MetricsWriter,
     ) -> TrainState:
         compiled, key = jax.jit(step, donate_argnums=0), jax.random.key(self.seed)
-        stop, bar = self.config.num_steps, tqdm(total=self.config.num_steps, initial=start, desc=self.title, unit="step")
+        stop, bar = (
+            self.config.num_steps,
+            tqdm(total=self.config.num_steps, initial=start, desc=self.title, unit="step"),
+        )
         clock, counted = time.perf_counter(), start
         for number, batch in enumerate(batches, start=start + 1):
             state, metrics = compiled(state, to_devices(batch, self.mesh), key)

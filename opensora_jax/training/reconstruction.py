@@ -4,6 +4,7 @@ The statistics are exact, from two sums in float64; the original's script subtra
 variance.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def measure_latent(model: Any, source: ClipSource, rows: list[tuple[Bucket, int]
     mean_of = jax.jit(lambda params, video: nnx.merge(graphdef, params).posterior(to_pixels(video)).mean)
     batches = read_once(source, rows, batch_size, "latent statistics")
     mean, std = latent_statistics(np.asarray(mean_of(params, video))[: len(ids)] for _, ids, video in batches)
-    return {"shift_factor": mean, "scale_factor": [1 / value for value in std], "clips": len(rows)}
+    return {"shift_factor": mean, "scale_factor": (1 / np.asarray(std)).tolist(), "clips": len(rows)}
 
 
 def reconstruct(
@@ -73,5 +74,5 @@ def validate(
 
 def psnr_db(a: Clip, b: Clip) -> float:
     """Returns the peak signal-to-noise ratio of two clips in decibels, at most 100."""
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255**2 / max(error, 255**2 * 1e-10)))
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return 10 * math.log10(255**2 / max(error, 255**2 * 1e-10))

@@ -33,11 +33,28 @@ def to_bytes(pixels: Float[Array, "B T H W 3"]) -> UInt8[Array, "B T H W 3"]:
     return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
+def only_current_frame_learns(model: nnx.Module) -> nnx.Module:
+    """Returns the model with every tap of time but the last cut off from gradients.
+
+    All taps see the one frame of an image, so all would learn the same, and videos would blur over time.
+    """
+    graphdef, params = nnx.split(model)
+
+    def cut(param: Array) -> Array:
+        if param.ndim != 5 or len(param) == 1:
+            return param
+        return jnp.concatenate([jax.lax.stop_gradient(param[:-1]), param[-1:]])
+
+    return nnx.merge(graphdef, jax.tree.map(cut, params))
+
+
 def make_loss(config: VAELossConfig) -> Loss:
-    """Returns `loss(model, batch, key)` for batches of `video` bytes."""
+    """Returns `loss(model, batch, key)` for batches of `video` bytes; single frames are images."""
 
     def loss(model: nnx.Module, batch: Batch, key: Array) -> tuple[Array, Metrics]:
         video = to_pixels(batch["video"])
+        if video.shape[1] == 1:
+            model = only_current_frame_learns(model)
         posterior = model.posterior(video)  # type: ignore[attr-defined]
         error = model.reconstruct(posterior.sample(key)) - video  # type: ignore[attr-defined]
         l1, l2 = jnp.abs(error).mean(), jnp.square(error).mean()

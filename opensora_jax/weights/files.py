@@ -69,9 +69,7 @@ def read_config(folder: str | Path, cls: type[Config]) -> Config:
     path = Path(folder) / "config.json"
     fields = _read_json(path)
     fields = fields.get("text_config", fields)
-    return build(
-        cls, {name: fields[name] for name in inspect.signature(cls).parameters if name in fields}, str(path)
-    )
+    return build(cls, {name: fields[name] for name in inspect.signature(cls).parameters if name in fields}, str(path))
 
 
 def _in_folder(folder: Path) -> Path:
@@ -81,12 +79,8 @@ def _in_folder(folder: Path) -> Path:
             return found[0]
         if found:
             names = ", ".join(file.name for file in found[:3])
-            raise UserError(
-                f"{folder} holds {len(found)} checkpoints ({names}, ...); give the path of one of them."
-            )
-    raise UserError(
-        f"{folder} holds no .safetensors file; give a folder with model.safetensors or its shards."
-    )
+            raise UserError(f"{folder} holds {len(found)} checkpoints ({names}, ...); give the path of one of them.")
+    raise UserError(f"{folder} holds no .safetensors file; give a folder with model.safetensors or its shards.")
 
 
 def _open_shards(index: Path) -> dict[str, LazyTensor]:
@@ -96,9 +90,7 @@ def _open_shards(index: Path) -> dict[str, LazyTensor]:
     shards = {name: _open_file(index.parent / name) for name in sorted(set(shard_of.values()))}
     lost = [key for key, name in shard_of.items() if key not in shards[name]]
     if lost:
-        raise UserError(
-            f"{index} promises {lost[0]} in {shard_of[lost[0]]}, which lacks it; download both again."
-        )
+        raise UserError(f"{index} promises {lost[0]} in {shard_of[lost[0]]}, which lacks it; download both again.")
     return {key: shards[name][key] for key, name in shard_of.items()}
 
 
@@ -109,9 +101,7 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
         file = safe_open(path, framework="numpy")
         return {key: LazyTensor(file, key) for key in file.keys()}  # noqa: SIM118 - no iterator of its own
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({error}); download or write it again."
-        ) from error
+        raise UserError(f"{path} is not a whole safetensors file ({error}); download or write it again.") from error
 
 
 def _read_json(path: Path) -> dict:

@@ -101,21 +101,15 @@ def _shallow(config: Any) -> dict[str, Any]:
 
 
 def _restore(folder: Path, abstract: nnx.State, expected: dict[str, Any]) -> nnx.State:
-    with ocp.CheckpointManager(
-        folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
+    with ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{folder} holds no finished checkpoint: let the training run save one first")
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         check_same(json.loads(json.dumps(expected)), meta, f"{folder}/{step}")
         part = "ema" if meta["ema"] else "params"
-        restore_args = jax.tree.map(
-            lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), abstract
-        )
-        item = ocp.args.PyTreeRestore(
-            {part: abstract}, restore_args={part: restore_args}, partial_restore=True
-        )
+        restore_args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), abstract)
+        item = ocp.args.PyTreeRestore({part: abstract}, restore_args={part: restore_args}, partial_restore=True)
         return manager.restore(step, args=ocp.args.Composite(state=item))["state"][part]
 
 

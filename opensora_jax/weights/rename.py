@@ -22,9 +22,7 @@ from opensora_jax.config.errors import UserError
 class Names:
     """Where a model's published names leave the rule."""
 
-    exceptions: tuple[
-        tuple[str, str], ...
-    ]  # (pattern in the mechanical name, published form), applied in order
+    exceptions: tuple[tuple[str, str], ...]  # (pattern in the mechanical name, published form), applied in order
     tied: tuple[tuple[str, str], ...] = ()  # (published copy, published original): a copy may be absent
     ignored: str | None = None  # pattern of published keys of parts that we do not have
 
@@ -146,9 +144,7 @@ def _check(model_name: str, checkpoint: Mapping[str, Any], wanted: dict[str, tup
     ignored = NAMES[model_name].ignored
     found = {
         "missing": [key for key in wanted if key not in checkpoint],
-        "unexpected": [
-            key for key in checkpoint if key not in wanted and not (ignored and re.search(ignored, key))
-        ],
+        "unexpected": [key for key in checkpoint if key not in wanted and not (ignored and re.search(ignored, key))],
         "wrong shape": [
             f"{key} is {tuple(checkpoint[key].shape)} where the model has {shape}"
             for key, shape in wanted.items()

@@ -86,17 +86,12 @@ def test_an_unknown_field_far_from_all_lists_what_there_is():
 def test_a_missing_field_is_named_with_its_type():
     values = section()
     del values["inner"]
-    with pytest.raises(
-        UserError, match=r"config\.outer\.inner is missing: it takes a section \(strides, betas\)"
-    ):
+    with pytest.raises(UserError, match=r"config\.outer\.inner is missing: it takes a section \(strides, betas\)"):
         build(Outer, values, "config.outer")
 
 
 def test_the_one_tuple_that_the_command_line_makes_of_a_scalar_is_refused():
-    assert (
-        refusal(inner={"strides": (2,)})
-        == "config.outer.inner.strides takes 3 values (int, int, int): got (2,)"
-    )
+    assert refusal(inner={"strides": (2,)}) == "config.outer.inner.strides takes 3 values (int, int, int): got (2,)"
 
 
 @pytest.mark.parametrize(
@@ -126,9 +121,7 @@ def test_a_value_of_another_type_is_refused_by_name(changes, complaint):
 
 def test_a_required_placeholder_without_a_value_says_how_to_set_it():
     values = ConfigDict(section(rate=config_dict.required_placeholder(float)))
-    with pytest.raises(
-        UserError, match=r"config\.outer\.rate has no value yet: set it with --config\.outer\.rate="
-    ):
+    with pytest.raises(UserError, match=r"config\.outer\.rate has no value yet: set it with --config\.outer\.rate="):
         build(Outer, values, "config.outer")
 
 

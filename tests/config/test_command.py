@@ -187,9 +187,7 @@ def test_log_lines_are_short_and_ours_or_warnings(command):
 
 
 def test_a_full_disk_that_a_library_logs_with_a_traceback_is_still_one_line(command):
-    code = (
-        "try:\n  raise OSError(errno.ENOSPC, 'x', 'a')\nexcept OSError:\n  logging.exception('thread'); raise"
-    )
+    code = "try:\n  raise OSError(errno.ENOSPC, 'x', 'a')\nexcept OSError:\n  logging.exception('thread'); raise"
     assert only_line(command("--config=c.py", f"--do={code}")).startswith("a: no space is left")
 
 

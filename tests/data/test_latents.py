@@ -103,14 +103,10 @@ def test_a_finished_cache_is_not_overwritten(tmp_path):
         LatentWriter(tmp_path / "latents", "k1")
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"), [("version", 0, "version 0"), ("texts", {}, "is damaged")]
-)
+@pytest.mark.parametrize(("field", "value", "message"), [("version", 0, "version 0"), ("texts", {}, "is damaged")])
 def test_a_foreign_or_damaged_cache_is_refused(tmp_path, field, value, message):
     about = write_cache(tmp_path / "latents") / "cache.json"
-    about.write_text(
-        json.dumps(json.loads(about.read_text(encoding="utf-8")) | {field: value}), encoding="utf-8"
-    )
+    about.write_text(json.dumps(json.loads(about.read_text(encoding="utf-8")) | {field: value}), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         LatentCache(tmp_path / "latents", "k1")
 

@@ -77,8 +77,7 @@ def test_the_hosts_together_read_what_one_host_reads(hosts):
     whole = batches(plan, Fake(bad=[2]))
     parts = [batches(plan, Fake(bad=[2]), host=(i, hosts)) for i in range(hosts)]
     joined = [
-        {k: np.concatenate([p[k] for p in step]) for k in ("x", "sample_id")}
-        for step in zip(*parts, strict=True)
+        {k: np.concatenate([p[k] for p in step]) for k in ("x", "sample_id")} for step in zip(*parts, strict=True)
     ]
     assert_same(joined, [{k: batch[k] for k in ("x", "sample_id")} for batch in whole])
 

@@ -22,15 +22,11 @@ class Given:
 
     def assign(self, table, *, seed):
         lost = int((self.bucket < 0).sum())
-        return Assignment(
-            self.bucket, self.buckets, (Unassigned("lost", lost, "", "search"),) if lost else ()
-        )
+        return Assignment(self.bucket, self.buckets, (Unassigned("lost", lost, "", "search"),) if lost else ())
 
 
 def plan(*bucket, seed=7, data_shards=1, small_buckets="error", buckets=BUCKETS):
-    return Plan(
-        {}, Given(*bucket, buckets=buckets), seed=seed, data_shards=data_shards, small_buckets=small_buckets
-    )
+    return Plan({}, Given(*bucket, buckets=buckets), seed=seed, data_shards=data_shards, small_buckets=small_buckets)
 
 
 TWO = [0] * 11 + [-1] + [1] * 5  # 11 videos in batches of 3, one row lost, 5 images in batches of 2

@@ -29,9 +29,7 @@ def ffmpeg(*arguments: str) -> None:
     subprocess.run(command, check=True, timeout=60, capture_output=True)
 
 
-def whole(
-    path: Path, info: VideoInfo, start: int = 0, count: int | None = None, stride: int = 1
-) -> np.ndarray:
+def whole(path: Path, info: VideoInfo, start: int = 0, count: int | None = None, stride: int = 1) -> np.ndarray:
     count = info.num_frames if count is None else count
     size = (info.height, info.width)
     return read_frames(path, info, start=start, count=count, stride=stride, size=size, crop=(0, 0, *size))

@@ -37,9 +37,7 @@ def test_a_schedule_falls_from_noise_to_data_and_stays_longer_near_noise():
 @pytest.mark.parametrize("stratified", [True, False])
 @pytest.mark.parametrize("logit_normal", [True, False])
 def test_times_have_the_distribution_they_are_named_after(logit_normal, stratified):
-    t = np.asarray(
-        flow.sample_time(jax.random.key(0), 40_000, 1.0, logit_normal=logit_normal, stratified=stratified)
-    )
+    t = np.asarray(flow.sample_time(jax.random.key(0), 40_000, 1.0, logit_normal=logit_normal, stratified=stratified))
     z = np.log(t / (1 - t)) if logit_normal else (t - 0.5) * np.sqrt(12)
     assert abs(z.mean()) < 0.02
     assert abs(z.std() - 1) < 0.02

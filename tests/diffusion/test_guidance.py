@@ -50,9 +50,7 @@ def test_equal_scales_skip_the_null_text_with_the_reference():
 
 def test_the_image_scale_grows_along_time_up_to_a_bound_that_falls_over_the_steps():
     np.testing.assert_allclose(image_scales(FULL, 0, 13, "i2v_head", 3), [1, 2, 3])
-    np.testing.assert_allclose(
-        image_scales(FULL, 12, 13, "i2v_head", 3), [1, 1 + 1 / 13, 1 + 2 / 13], rtol=1e-6
-    )
+    np.testing.assert_allclose(image_scales(FULL, 12, 13, "i2v_head", 3), [1, 1 + 1 / 13, 1 + 2 / 13], rtol=1e-6)
 
 
 def test_temporal_scaling_is_for_images_and_for_guided_steps():

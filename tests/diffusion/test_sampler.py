@@ -86,9 +86,7 @@ def test_progress_sees_every_step():
     seen = []
     plan = guidance.plan_distilled(STEPS, T)
     settings = {"prompts": PROMPTS, "condition": None}
-    denoise(
-        velocity, PARAMS, NOISE, TIMES, plan, progress=lambda steps: seen.extend(steps) or steps, **settings
-    )
+    denoise(velocity, PARAMS, NOISE, TIMES, plan, progress=lambda steps: seen.extend(steps) or steps, **settings)
     assert len(seen) == STEPS
 
 

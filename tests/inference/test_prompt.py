@@ -14,16 +14,12 @@ from opensora_jax.inference.prompt import TextEncoderConfig, TextEncoders, load_
 from opensora_jax.weights.files import open_checkpoint
 
 LENGTH = 13
-CAPTIONS = [
-    f"a {color} {shape}" for color in ("red", "blue", "Grün") for shape in ("circle", "square", "日本")
-]
+CAPTIONS = [f"a {color} {shape}" for color in ("red", "blue", "Grün") for shape in ("circle", "square", "日本")]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_local_encoders(
-        tmp_path_factory.mktemp("demo") / "text", CAPTIONS, seed=3, text_length=LENGTH
-    )
+    return write_local_encoders(tmp_path_factory.mktemp("demo") / "text", CAPTIONS, seed=3, text_length=LENGTH)
 
 
 def load(folder, length=LENGTH, dtype=jnp.float32):
@@ -78,15 +74,11 @@ def test_ids_are_cut_and_padded_as_in_the_published_tokenizers(encoders):
 
 def test_pooled_vectors_do_not_depend_on_the_padding(encoders, folder):
     shorter = load_encoder("clip", TextEncoderConfig(str(folder / "clip"), 7), jnp.float32)
-    np.testing.assert_allclose(
-        shorter.encode(["a red circle"], 1), encoders.encode(["a red circle"])[1], atol=1e-4
-    )
+    np.testing.assert_allclose(shorter.encode(["a red circle"], 1), encoders.encode(["a red circle"])[1], atol=1e-4)
 
 
 def test_bfloat16_is_near_float32_and_returned_as_float32(encoders, folder):
-    for low, high in zip(
-        load(folder, dtype=jnp.bfloat16).encode(CAPTIONS), encoders.encode(CAPTIONS), strict=True
-    ):
+    for low, high in zip(load(folder, dtype=jnp.bfloat16).encode(CAPTIONS), encoders.encode(CAPTIONS), strict=True):
         assert low.dtype == jnp.float32
         assert np.abs(low - high).max() < 0.3
 

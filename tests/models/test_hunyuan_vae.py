@@ -101,9 +101,9 @@ def test_levels_shrink_where_the_original_shrinks(channels, time, space, strides
 def test_sizes_the_autoencoder_cannot_give_back_are_refused_with_the_nearest():
     model = HunyuanVAE(CONFIG, rngs=nnx.Rngs(0))
     assert model.latent_shape(9, 8, 12) == (3, 2, 3)
-    with pytest.raises(ValueError, match="got 7. Use 5 or 9"):
+    with pytest.raises(ValueError, match="got 7: use 5 or 9"):
         model.latent_shape(7, 8, 8)
-    with pytest.raises(ValueError, match="got 8x13. Use 8x12"):
+    with pytest.raises(ValueError, match="got 8x13: use 8x12"):
         model.latent_shape(9, 8, 13)
 
 
@@ -125,7 +125,9 @@ def test_a_draw_depends_on_its_key_and_scatters_around_the_mode():
 
 def test_scale_and_shift_per_channel_cancel_between_encode_and_decode():
     scaled = HunyuanVAEConfig(
-        *list(CONFIG.__dict__.values())[:-2], scale_factor=(1.0, 2.0, 3.0, 4.0, 5.0), shift_factor=(5.0, 4.0, 3.0, 2.0, 1.0)
+        *list(CONFIG.__dict__.values())[:-2],
+        scale_factor=(1.0, 2.0, 3.0, 4.0, 5.0),
+        shift_factor=(5.0, 4.0, 3.0, 2.0, 1.0),
     )
     plain, model = (HunyuanVAE(c, rngs=nnx.Rngs(0)) for c in (CONFIG, scaled))
     video = jnp.linspace(-1, 1, 5 * 8 * 8 * 3).reshape(1, 5, 8, 8, 3)

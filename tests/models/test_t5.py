@@ -20,9 +20,7 @@ TOLERANCE = 2e-5  # of the largest value
 
 @pytest.fixture(scope="module")
 def golden():
-    tensors = {
-        key: np.asarray(value) for key, value in open_checkpoint(GOLDENS / "text_t5.safetensors").items()
-    }
+    tensors = {key: np.asarray(value) for key, value in open_checkpoint(GOLDENS / "text_t5.safetensors").items()}
     return T5Config(**json.loads((GOLDENS / "text_t5.json").read_text())["config"]), tensors
 
 

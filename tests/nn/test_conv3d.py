@@ -21,9 +21,7 @@ def test_taps_of_2d_convolutions_are_the_padded_3d_convolution(strides, frames):
 
 
 def test_the_future_has_no_influence():
-    conv = CausalConv3d(
-        3, 4, kernel_init=nnx.initializers.normal(1.0), dtype=jnp.float32, rngs=nnx.Rngs(0)
-    )
+    conv = CausalConv3d(3, 4, kernel_init=nnx.initializers.normal(1.0), dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (1, 5, 4, 6, 3))
     changed = x.at[:, 3:].set(7.0)
     np.testing.assert_array_equal(conv(x)[:, :3], conv(changed)[:, :3])

@@ -42,7 +42,5 @@ def test_positions_count_in_token_order():
 def test_times_are_multiplied_by_1000_in_their_own_dtype():
     t = jnp.asarray([0.3712], jnp.bfloat16)
     rounded = (t * 1000).astype(jnp.float32) / 1000
-    np.testing.assert_array_equal(
-        timestep_embedding(t, 8), timestep_embedding(rounded, 8).astype(jnp.bfloat16)
-    )
+    np.testing.assert_array_equal(timestep_embedding(t, 8), timestep_embedding(rounded, 8).astype(jnp.bfloat16))
     assert not np.array_equal(timestep_embedding(t, 8), timestep_embedding(t.astype(jnp.float32), 8))

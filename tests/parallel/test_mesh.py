@@ -50,9 +50,7 @@ def test_copies_of_parameters_are_sharded_like_them_and_counters_are_not():
 
 
 def test_a_batch_is_split_over_data_and_fsdp_and_scalars_are_everywhere():
-    batch = to_devices(
-        {"x": np.arange(24.0).reshape(8, 3), "step": np.asarray(5)}, make_mesh(MeshConfig(2, 2, 2))
-    )
+    batch = to_devices({"x": np.arange(24.0).reshape(8, 3), "step": np.asarray(5)}, make_mesh(MeshConfig(2, 2, 2)))
     assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(batch["x"], np.arange(24.0).reshape(8, 3))
     assert batch["step"].sharding.is_fully_replicated

@@ -13,9 +13,7 @@ def write(path, entries, tail=""):
 
 
 def test_a_series_leaves_out_entries_without_the_number():
-    steps, values = curves.series(
-        [{"step": 1, "loss": 2.0}, {"step": 2, "psnr": 9.0}, {"step": 5, "loss": 1}], "loss"
-    )
+    steps, values = curves.series([{"step": 1, "loss": 2.0}, {"step": 2, "psnr": 9.0}, {"step": 5, "loss": 1}], "loss")
     assert steps.tolist() == [1, 5]
     assert values.tolist() == [2, 1]
 

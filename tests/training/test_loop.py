@@ -32,9 +32,7 @@ def batches(start, stop):
 def train(workdir, steps, *, mesh=(-1, 1, 1), meta=META, stop_after=None):
     mesh = make_mesh(MeshConfig(*mesh))
     tx = optax.adam(1e-2)
-    graphdef, abstract, init = plan_state(
-        lambda: Linear(8, 8, rngs=nnx.Rngs(0)), tx, mesh, ema=True
-    )
+    graphdef, abstract, init = plan_state(lambda: Linear(8, 8, rngs=nnx.Rngs(0)), tx, mesh, ema=True)
 
     def some(start, stop):
         for batch in batches(start, stop):
@@ -80,7 +78,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_field(tmp_path):
     train(tmp_path, 2)
-    with pytest.raises(UserError, match="model.size is 8 there and 16 in the config"):
+    with pytest.raises(UserError, match=r"model\.size is 8 there and 16 in the config"):
         train(tmp_path, 4, meta=META | {"model": {"size": 16}})
 
 

@@ -113,5 +113,3 @@ def test_optimisers_fit_a_line(cls):
     for _ in range(200):
         params, state = step(params, state)
     assert error(params) < 0.01
-
-

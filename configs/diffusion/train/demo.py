@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
             "encode": {"batch_size": 16, "posterior": "mode", "seed": 0},
             # resolution: {frames: (probability, batch size)}
             "bucket_config": {"32px_ar1:1": {9: (1.0, 32)}},
+            "small_buckets": "repeat",
             "flow": {"time_sampling": "logit_normal", "stratified": True, "flow_shift": 1.0},
             "dropout_ratio": {"t5": 0.31622777, "clip": 0.31622777},
             "optim": {
