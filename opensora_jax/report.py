@@ -19,7 +19,8 @@ from absl import flags
 
 from opensora_jax.config.command import run
 from opensora_jax.config.errors import UserError
-from opensora_jax.data import shapes
+from opensora_jax.config.files import write_json
+from opensora_jax.data import records, shapes
 from opensora_jax.inference import outputs
 from opensora_jax.training.curves import series, write_curves
 from opensora_jax.training.metrics import read_metrics
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}. Give the output folder of the demo.")
     summary = summarize(folder, flags.FLAGS.wall_seconds)
-    outputs.write_json(folder / "summary.json", summary)
+    write_json(folder / "summary.json", summary)
     print(table(summary))
     print(directions(folder))
 
@@ -109,11 +110,18 @@ def training(workdir: Path) -> dict[str, float]:
 
 
 def validation(folder: Path) -> dict[str, Any]:
-    """Returns what train_vae measured on held-out clips: PSNR in dB, how many, and the accuracy of shapes."""
-    path = folder / "vae" / "validation.json"
+    """Returns what train_vae measured on held-out clips, and the share of them whose shape can still be told."""
+    path, captions = folder / "vae" / "validation.json", folder / "vae" / "reconstructions" / "captions.csv"
     if not path.is_file():
         raise MissingPartError(str(path))
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
+    if not found["clips"]:
+        raise MissingPartError(f"reconstructions (no held-out clip could be read, says {path})")
+    if captions.is_file():
+        pairs = [(Path(file), shapes.parse_caption(text)) for file, text in records.list_videos(captions)]
+        right = [shapes.identify(outputs.read(file))["shape"] == spec.shape for file, spec in pairs if spec]
+        found |= {"shape_accuracy": float(np.mean(right))} if right else {}
+    return found
 
 
 def prompt_following(folder: Path) -> dict[str, Any]:
@@ -195,7 +203,7 @@ def directions(folder: Path) -> str:
             "Look at:",
             *there,
             "Go on with:",
-            "  source .venv/bin/activate",
+            "  source launch/env.sh",
             "  python -m opensora_jax.sample --config=configs/diffusion/inference/demo.py "
             f"{elsewhere}--config.save_dir={folder / 'mine'} --prompt={own!r}",
             f"  pip install tensorboard && tensorboard --logdir={folder}",

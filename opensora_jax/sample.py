@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from opensora_jax.config.build import build
 from opensora_jax.config.command import run
 from opensora_jax.config.errors import UserError
+from opensora_jax.config.files import write_json
 from opensora_jax.config.flag import config_flag
 from opensora_jax.data.text import add_fps, add_motion_score
 from opensora_jax.inference import outputs, prompt_list
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> Path:
     if todo:
         found |= sample(config, todo)
     records = [found[job] for job in jobs]
-    outputs.write_json(folder / "samples.json", {"settings": settings, "samples": records})
+    write_json(folder / "samples.json", {"settings": settings, "samples": records})
     shown = records[:SHEET_VIDEOS]
     videos = [outputs.read(folder / record["file"]) for record in shown]
     write_contact_sheet(folder / "contact_sheet.png", videos, [record["prompt"] for record in shown])

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> Path | None:
     )
     loss = make_loss(config.flow, config.dropout_ratio, NullText(**jax.device_put(cache.null_text)))
     meta = describe(config.model["type"], model_config) | {"ema": ema, "latents": cache.key, "plan": plan.hash}
-    Run(config.workdir, "train", config.seed, mesh, config.loop, meta).fit(
+    Run(config.workdir, "train", config.seed, mesh, config.loop, meta, CONFIG.value.to_dict()).fit(
         make_train_step(graphdef, loss, tx, ema_decay=config.ema_decay),
         init,
         abstract,

@@ -6,7 +6,6 @@ continues an interrupted run, exactly.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from flax import nnx
 
 from opensora_jax.config.build import build
 from opensora_jax.config.command import run
+from opensora_jax.config.files import write_json
 from opensora_jax.config.flag import config_flag
 from opensora_jax.data.buckets import Buckets
 from opensora_jax.data.clips import ClipDataset, ImageSteps, assigned_rows
@@ -73,8 +73,9 @@ def main(argv: list[str]) -> Path | None:
     dtype, ema = parse_dtype(config.dtype), config.ema_decay is not None
 
     dataset = config.dataset
-    training, held_out = split(dataset.data_path, config.validation, config.seed)
     buckets = Buckets(config.bucket_config, spatial_unit=dataset.spatial_unit, fps_max=dataset.fps_max)
+    training, held_out = split(read_table(dataset.data_path), config.validation, buckets, config.seed)
+    held_out_rows = assigned_rows(held_out, buckets, config.seed)
     shards, small = data_shards(mesh), config.small_buckets
     plan = Plan(training, buckets, seed=config.seed, data_shards=shards, small_buckets=small)
     logging.info("%s", plan.describe())
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> Path | None:
     )
     loss = vae.make_loss(config.vae_loss_config)
     meta = describe(config.model["type"], model_config) | {"ema": ema, "plan": plan.hash}
-    state = Run(config.workdir, "train_vae", config.seed, mesh, config.loop, meta).fit(
+    state = Run(config.workdir, "train_vae", config.seed, mesh, config.loop, meta, CONFIG.value.to_dict()).fit(
         make_train_step(graphdef, loss, tx, ema_decay=config.ema_decay),
         init,
         abstract,
@@ -94,24 +95,27 @@ def main(argv: list[str]) -> Path | None:
             make_loader(plan, source, start_step=start, num_steps=stop - start, host=host), config.seed
         ),
     )
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not is_measured(config.workdir, int(state.step)):
         model = nnx.merge(graphdef, state.ema if ema else state.params)
         rows = assigned_rows(training, buckets, config.seed)[: config.validation.latent_clips]
         batch_size = rows[0][0].batch_size
         write_json(config.workdir / "latent.json", reconstruction.measure_latent(model, source, rows, batch_size))
-        rows, folder = assigned_rows(held_out, buckets, config.seed), config.workdir / "reconstructions"
-        measured = reconstruction.validate(model, dataset.source(held_out), rows, batch_size, folder)
-        write_json(config.workdir / "validation.json", measured)
+        folder, captions = config.workdir / "reconstructions", held_out["text"].to_pylist()
+        clips = dataset.source(held_out)
+        measured = reconstruction.validate(model, clips, held_out_rows, captions, batch_size, folder)
+        write_json(config.workdir / "validation.json", {"step": int(state.step)} | measured)
         logging.info("held-out clips: %s", measured)
     return config.workdir
 
 
-def split(data_path: str, config: ValidationConfig, seed: int) -> tuple[pa.Table, pa.Table]:
-    """Returns the tables for training and validation; at most a tenth is held out, but one row of two or more."""
-    table = read_table(data_path)
+def split(table: pa.Table, config: ValidationConfig, buckets: Buckets, seed: int) -> tuple[pa.Table, pa.Table]:
+    """Returns the tables for training and validation.
+
+    Of the rows that have a bucket at most a tenth is held out, but one of two or more. Raises: UserError if none has.
+    """
     if config.data_path:
         return table, read_table(config.data_path)
-    usable = np.flatnonzero(np.asarray(table["status"].to_pylist()) == "ok")
+    usable = sorted(row for _, row in assigned_rows(table, buckets, seed))
     count = max(min(config.clips, len(usable) // 10), min(1, len(usable) - 1))
     held_out = np.random.default_rng(seed).permutation(usable)[:count]
     if count == 0:
@@ -119,11 +123,10 @@ def split(data_path: str, config: ValidationConfig, seed: int) -> tuple[pa.Table
     return table.take(np.setdiff1d(np.arange(len(table)), held_out)), table.take(np.sort(held_out))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file, complete or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
+def is_measured(workdir: Path, step: int) -> bool:
+    """Returns whether the autoencoder of this step has been validated already."""
+    path = workdir / "validation.json"
+    return path.is_file() and json.loads(path.read_text())["step"] == step
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ _DISK = {  # wherever they sit in a chain of errors, these are the reason
 }
 
 _PATH = {  # only as the error itself: code may master one of these and then fail for another reason
+    errno.ENOENT: "there is no such file or folder; check the path, or choose another",
     errno.EACCES: "permission is denied; change its rights or choose another path",
     errno.EPERM: "the operation is not permitted; change its rights or choose another path",
     errno.ENOTDIR: "a part of this path is a file, not a folder; choose another path",

@@ -35,9 +35,9 @@ DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  
 BACKGROUNDS = {"dark": (36, 36, 36), "gray": (150, 150, 150)}
 PHRASES = {"right": "to the right", "left": "to the left", "up": "up", "down": "down"}
 
-RADIUS = (0.18, 0.22)  # of the width, of the circle; square and triangle have the circle's area
-TRAVEL = (0.28, 0.36)  # of the width, first to last frame
-MARGIN, WANDER = 0.02, 0.08  # distance kept from the border; offset from the middle, across the motion
+RADIUS = (0.19, 0.22)  # of the width, of the circle; square and triangle have the circle's area
+TRAVEL = (0.32, 0.38)  # of the width, first to last frame
+MARGIN, WANDER = 0.02, 0.05  # distance kept from the border; offset of a path from the middle, both ways
 HALF_EXTENT = {"circle": 1.0, "square": np.sqrt(np.pi) / 2, "triangle": np.sqrt(2 * np.pi) / 2}  # in radii
 SUPERSAMPLING = 4
 FOREGROUND_LEVELS = 70  # difference from the border's median, of 255, in any channel
@@ -86,8 +86,8 @@ def render(spec: Shape, seed: int, size: int, num_frames: int) -> UInt8[np.ndarr
     radius, travel = rng.uniform(*RADIUS), rng.uniform(*TRAVEL)
     low = HALF_EXTENT[spec.shape] * radius + MARGIN
     travel = min(travel, 1 - 2 * low)
-    first = low + rng.uniform() * (1 - 2 * low - travel)
-    across = 0.5 + rng.uniform(-WANDER, WANDER)
+    middle, across = 0.5 + rng.uniform(-WANDER, WANDER, size=2)
+    first = np.clip(middle - travel / 2, low, 1 - low - travel)
     along = first + travel * np.linspace(0, 1, num_frames)
     dx, dy = DIRECTIONS[spec.direction]
     along = along if dx + dy > 0 else 1 - along

@@ -17,6 +17,7 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from opensora_jax.config.errors import UserError
+from opensora_jax.config.files import write_json
 from opensora_jax.inference.prompt import MODELS, TextEncoderConfig, load_encoder
 from opensora_jax.models.clip import CLIPTextConfig
 from opensora_jax.models.t5 import T5Config
@@ -50,7 +51,7 @@ def write_local_encoders(folder: str | Path, captions: list[str], *, seed: int, 
     shutil.rmtree(unfinished, ignore_errors=True)
     _write_t5(unfinished / "t5", captions, seed, text_length)
     _write_clip(unfinished / "clip", captions, seed, text_length)
-    _write_json(unfinished / "manifest.json", manifest)
+    write_json(unfinished / "manifest.json", manifest)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     return folder
@@ -85,7 +86,7 @@ def _write_t5(folder: Path, captions: list[str], seed: int, text_length: int) ->
         feed_forward_proj="gated-gelu",
     )
     _write_tokenizer(folder, tokenizer, roles, text_length)
-    _write_json(folder / "config.json", {"model_type": "t5"} | asdict(config))
+    write_json(folder / "config.json", {"model_type": "t5"} | asdict(config))
     save_safetensors(folder / "model.safetensors", _random_weights("t5", config, seed))
 
 
@@ -109,7 +110,7 @@ def _write_clip(folder: Path, captions: list[str], seed: int, text_length: int) 
     weights["text_model.embeddings.token_embedding.weight"][:2] = 0.0
     weights["text_model.embeddings.position_embedding.weight"][:] = 0.0
     _write_tokenizer(folder, tokenizer, {"bos_token": start, "eos_token": end, "pad_token": end}, text_length)
-    _write_json(folder / "config.json", {"model_type": "clip_text_model"} | asdict(config))
+    write_json(folder / "config.json", {"model_type": "clip_text_model"} | asdict(config))
     save_safetensors(folder / "model.safetensors", weights)
     _calibrate(folder, weights, captions, text_length)
 
@@ -167,8 +168,4 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, roles: dict[str, str], 
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": text_length}
-    _write_json(folder / "tokenizer_config.json", fields | roles)
-
-
-def _write_json(path: Path, fields: dict) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", fields | roles)

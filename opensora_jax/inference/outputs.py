@@ -6,13 +6,13 @@ settings and the weights. The record is removed before its video is replaced and
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from opensora_jax.config.files import write_json
 from opensora_jax.data import video
 from opensora_jax.inference.request import Request
 
@@ -64,13 +64,6 @@ def read(path: Path) -> Frames:
     info = video.probe(path)
     size = (info.height, info.width)
     return video.read_frames(path, info, start=0, count=info.num_frames, stride=1, size=size, crop=(0, 0, *size))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, complete or not at all."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _newest_step(path: Path) -> Path:

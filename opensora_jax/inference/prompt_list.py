@@ -29,11 +29,14 @@ def from_strings(texts: list[str], reference: str | None) -> list[Prompt]:
 def from_file(path: Path) -> list[Prompt]:
     """Returns a prompt for each line that is not blank.
 
-    Raises: UserError for a missing or empty file.
+    Raises: UserError for a file that is missing, empty or no UTF-8 text.
     """
     if not path.is_file():
         raise UserError(f"The prompt list {path} does not exist. Give a text file with one prompt a line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt list {path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
     prompts = [Prompt(line, i) for i, line in enumerate(filter(None, lines))]
     if not prompts:
         raise UserError(f"The prompt list {path} is empty. Write one prompt a line.")

@@ -135,11 +135,11 @@ class MLP(nnx.Module):
 
 
 class Modulation(nnx.Module):
-    """Returns `parts` vectors (shift, scale, gate, ...) made from the conditioning vector; zero at the start."""
+    """Returns `parts` vectors (shift, scale, gate, ...) made from the conditioning vector."""
 
     def __init__(self, width: int, parts: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.parts = parts
-        self.lin = Linear(width, parts * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.lin = Linear(width, parts * width, dtype=dtype, rngs=rngs)
 
     def __call__(self, vec: Float[Array, "B D"]) -> list[Float[Array, "B 1 D"]]:
         return jnp.split(self.lin(jax.nn.silu(vec))[:, None], self.parts, axis=-1)

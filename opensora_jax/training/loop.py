@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
+from opensora_jax.config.files import write_json
 from opensora_jax.parallel.batch import to_devices
 from opensora_jax.training.checkpoint import Checkpoints
 from opensora_jax.training.metrics import MetricsWriter
@@ -39,7 +40,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: where it writes, what it is called, and what its checkpoints must agree with."""
+    """One training run: where it writes, its title, what its checkpoints must agree with, and its whole config."""
 
     workdir: Path
     title: str
@@ -47,6 +48,7 @@ class Run:
     mesh: Mesh
     config: LoopConfig
     meta: dict[str, Any]
+    settings: dict[str, Any]
 
     def fit(self, step: Step, init: Callable[[], TrainState], abstract: TrainState, batches: Batches) -> TrainState:
         """Returns the state after `config.num_steps` steps, continuing from the newest checkpoint in `workdir`.
@@ -59,6 +61,7 @@ class Run:
             state = checkpoints.restore(abstract, self.meta) or init()
             start = self._start(int(state.step))
             writer = MetricsWriter(self.workdir, start)
+            write_json(self.workdir / "config.json", self.settings)
             try:
                 return self._steps(step, state, start, batches(start, self.config.num_steps), checkpoints, writer)
             finally:

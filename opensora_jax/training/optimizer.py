@@ -40,16 +40,24 @@ def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def _muon_axes(params: Any) -> Any:
-    """Matrices and convolution kernels are orthogonalised, (inputs) x (outputs); vectors go to Adam."""
-    return jax.tree.map(
-        lambda p: MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1) if p.ndim in (2, 5) else None, params
-    )
+    """Kernels are orthogonalised as (all inputs) x (outputs), scanned layers one by one; all else goes to Adam.
+
+    A kernel of three axes is that of scanned linear layers; one of five is a convolution.
+    """
+
+    def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
+        if "kernel" not in jax.tree_util.keystr(path):
+            return None
+        first = 1 if leaf.ndim == 3 else 0
+        return MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree.map_with_path(axes, params)
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """Returns the optimiser of a run of `num_steps` updates.
 
-    Source for Muon: Jordan et al. 2024, through optax.contrib; for networks without scanned layers (autoencoders).
+    Source for Muon: Jordan et al. 2024, through optax.contrib.
     """
     rate, (b1, b2) = learning_rate(config, num_steps), config.betas
     if config.cls == "muon":

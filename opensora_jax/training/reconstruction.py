@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 from flax import nnx
 from jaxtyping import Float, UInt8
+from pyarrow.csv import write_csv
 
 from opensora_jax.data.buckets import Bucket
 from opensora_jax.data.clips import read_once
@@ -23,14 +26,20 @@ from opensora_jax.training.vae import to_bytes, to_pixels
 Clip = UInt8[np.ndarray, "T H W 3"]
 
 
-def latent_statistics(latents: Iterable[Float[np.ndarray, "..."]]) -> tuple[list[float], list[float]]:
-    """Returns the mean and standard deviation of each channel (the last axis) over all latents."""
+def latent_statistics(
+    posteriors: Iterable[tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]],
+) -> tuple[list[float], list[float]]:
+    """Returns the mean and standard deviation of each channel (the last axis) of latents drawn from (mean, variance).
+
+    The spread of the draws counts too: a channel that the autoencoder hardly uses then stays small when the latent is
+    normalised, instead of being blown up.
+    """
     count, total, squares = 0, np.zeros(()), np.zeros(())
-    for latent in latents:
-        values = np.asarray(latent, np.float64).reshape(-1, latent.shape[-1])
-        count += len(values)
-        total = total + values.sum(0)
-        squares = squares + (values**2).sum(0)
+    for means, variances in posteriors:
+        means = np.asarray(means, np.float64).reshape(-1, means.shape[-1])
+        count += len(means)
+        total = total + means.sum(0)
+        squares = squares + (means**2 + np.asarray(variances, np.float64).reshape(means.shape)).sum(0)
     mean = total / count
     return mean.tolist(), np.sqrt(np.maximum(squares / count - mean**2, 1e-12)).tolist()
 
@@ -38,9 +47,15 @@ def latent_statistics(latents: Iterable[Float[np.ndarray, "..."]]) -> tuple[list
 def measure_latent(model: Any, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int) -> dict[str, Any]:
     """Returns the `shift_factor` and `scale_factor` per channel that give latents mean 0 and deviation 1."""
     graphdef, params = nnx.split(model)
-    mean_of = jax.jit(lambda params, video: nnx.merge(graphdef, params).posterior(to_pixels(video)).mean)
+
+    @jax.jit
+    def moments(params, video):
+        posterior = nnx.merge(graphdef, params).posterior(to_pixels(video))
+        return posterior.mean, jnp.exp(posterior.logvar)
+
     batches = read_once(source, rows, batch_size, "latent statistics")
-    mean, std = latent_statistics(np.asarray(mean_of(params, video))[: len(ids)] for _, ids, video in batches)
+    kept = ([part[: len(ids)] for part in moments(params, video)] for _, ids, video in batches)
+    mean, std = latent_statistics((np.asarray(m), np.asarray(v)) for m, v in kept)
     return {"shift_factor": mean, "scale_factor": (1 / np.asarray(std)).tolist(), "clips": len(rows)}
 
 
@@ -60,15 +75,29 @@ def reconstruct(
 
 
 def validate(
-    model: Any, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int, folder: Path
+    model: Any,
+    source: ClipSource,
+    rows: list[tuple[Bucket, int]],
+    captions: list[str],
+    batch_size: int,
+    folder: Path,
 ) -> dict[str, Any]:
-    """Writes the reconstruction of every clip into `folder`, under the clip's name; returns their mean PSNR."""
+    """Writes every clip's reconstruction into `folder`, with their captions in captions.csv; returns their PSNR.
+
+    `captions` are those of all rows of the table. Files are named after the row and the clip. Where no clip can be
+    read there is nothing to measure: `clips` is 0.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    errors = []
+    errors, lines = [], []
     for row, clip, reconstruction in reconstruct(model, source, rows, batch_size):
         errors.append(psnr_db(clip, reconstruction))
         fps = source.facts["fps"][row].item()
-        write_video(folder / Path(str(source.paths[row])).name, reconstruction, fps if fps == fps else 1.0)
+        name = f"{row:05d}_{Path(str(source.paths[row])).stem}.mp4"
+        path = write_video(folder / name, reconstruction, 1.0 if math.isnan(fps) else fps)
+        lines.append({"path": path.name, "text": captions[row]})
+    if not errors:
+        return {"clips": 0}
+    write_csv(pa.Table.from_pylist(lines), folder / "captions.csv")
     return {"psnr_db": float(np.mean(errors)), "psnr_db_worst": float(np.min(errors)), "clips": len(errors)}
 
 

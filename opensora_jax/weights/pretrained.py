@@ -32,7 +32,8 @@ AUTOENCODERS: Kinds = {"hunyuan_vae": (HunyuanVAEConfig, HunyuanVAE)}
 DENOISERS: Kinds = {"mmdit": (MMDiTConfig, MMDiT)}
 MODELS = AUTOENCODERS | DENOISERS
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-LATENT_FIELDS = ("scale_factor", "shift_factor")  # measured after training, so never compared
+LATENT_FIELDS = ("scale_factor", "shift_factor")  # measured after training
+FREE_FIELDS = (*LATENT_FIELDS, "grad_ckpt_settings")  # the same weights serve all values, so they are not compared
 
 
 def parse_dtype(name: str) -> DTypeLike:
@@ -61,7 +62,7 @@ def parse_model(section: Section, kinds: Kinds, where: str) -> tuple[type, Any]:
 
 def describe(kind: str, config: Any) -> dict[str, Any]:
     """Returns what a checkpoint says of its network: `{"type": ..., "model": {...}}`."""
-    return {"type": kind, "model": {k: v for k, v in asdict(config).items() if k not in LATENT_FIELDS}}
+    return {"type": kind, "model": {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}}
 
 
 def load(section: Section, kinds: Kinds, where: str, *, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:

@@ -41,7 +41,7 @@ def train(workdir, steps, *, mesh=(-1, 1, 1), meta=META, stop_after=None):
             yield batch
 
     config = LoopConfig(num_steps=steps, log_every=1, ckpt_every=2, keep_n_latest=2)
-    run = Run(workdir, "test", 3, mesh, config, meta)
+    run = Run(workdir, "test", 3, mesh, config, meta, {"loop": {"num_steps": steps}})
     return run.fit(make_train_step(graphdef, loss, tx, ema_decay=0.9), init, abstract, some)
 
 

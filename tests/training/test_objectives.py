@@ -72,11 +72,11 @@ def test_bytes_become_pixels_and_come_back():
 
 
 def test_latent_statistics_are_those_of_all_values_together():
-    parts = [np.random.default_rng(i).normal(i, 2, (3, 2, 1, 4, 5)) for i in range(3)]
-    mean, std = latent_statistics(parts)
-    whole = np.concatenate(parts).reshape(-1, 5)
-    np.testing.assert_allclose(mean, whole.mean(0))
-    np.testing.assert_allclose(std, whole.std(0))
+    parts = [np.random.default_rng(i).normal(i, 2, (2, 3, 2, 1, 4, 5)) for i in range(3)]
+    mean, std = latent_statistics((means, spread**2) for means, spread in parts)
+    means, spread = np.concatenate(parts, axis=1).reshape(2, -1, 5)
+    np.testing.assert_allclose(mean, means.mean(0))
+    np.testing.assert_allclose(std, np.sqrt(means.var(0) + (spread**2).mean(0)))
 
 
 def test_psnr_of_a_known_error():

@@ -1,0 +1,417 @@
+"""The commands as a user runs them: the whole way of the demo, tiny; kill -9; 8 devices; and every kind of bad input.
+
+Their imports take longer than their work here, so most run as forks of one process that has imported everything.
+All tests read one finished demo folder; what they change, they change in a copy.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from opensora_jax.data import records, video
+
+ROOT = Path(__file__).parents[1]
+SERVER = """
+import json, os, runpy, signal, sys
+import matplotlib.figure, tensorboardX, transformers
+import opensora_jax.inference.encode, opensora_jax.inference.pipeline, opensora_jax.training.loop
+for line in sys.stdin:
+    module, arguments, environment, output = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for descriptor, name in (1, "stdout"), (2, "stderr"):
+            os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.environ.update(environment)
+        sys.argv[1:] = arguments
+        signal.alarm(180)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+ENVIRONMENT = os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+PARTS = ("data=2", "fsdp=2", "tensor=2")
+
+VAE_STEPS, STEPS = 10, 14
+AUTOENCODER = ("latent_channels=4", "block_out_channels=(4,4,8)")
+DENOISER = ("in_channels=16", "hidden_size=24", "axes_dim=(2,2,2)", "depth=1", "depth_single_blocks=1")
+LOOP = ("log_every=1", "ckpt_every=2")
+
+Command = Callable[..., subprocess.CompletedProcess]
+
+
+def setting(section: str, *fields: str) -> list[str]:
+    return [f"--config.{section}.{field}" for field in fields]
+
+
+def vae_flags(folder: Path, *more: str) -> list[str]:
+    """Returns the arguments of train_vae for a tiny run: the first three steps see single frames."""
+    size = [
+        *setting("model", *AUTOENCODER),
+        *setting("loop", f"num_steps={VAE_STEPS}", *LOOP),
+        "--config.images.steps=3",
+    ]
+    clips = setting("validation", "latent_clips=8")
+    return ["--config=configs/vae/train/demo.py", f"--config.folder={folder}", *size, *clips, *more]
+
+
+def train_flags(folder: Path, *more: str) -> list[str]:
+    """Returns the arguments of train, and of `dataset encode`, for a tiny run."""
+    size = [*setting("model", *DENOISER), *setting("ae", *AUTOENCODER)]
+    size += ["--config.bucket_config['32px_ar1:1'][9]=(1.0,8)", *setting("loop", f"num_steps={STEPS}", *LOOP)]
+    return ["--config=configs/diffusion/train/demo.py", f"--config.folder={folder}", *size, *more]
+
+
+def sample_flags(folder: Path, *more: str) -> list[str]:
+    """Returns the arguments of sample for two steps each; the prompts are missing."""
+    size = [*setting("model", *DENOISER), *setting("ae", *AUTOENCODER), "--config.sampling_option.num_steps=2"]
+    return ["--config=configs/diffusion/inference/demo.py", f"--config.folder={folder}", *size, *more]
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory) -> Iterator[Command]:
+    """Returns a function that runs `python -m opensora_jax.NAME ARGUMENTS`, which must end with `status`."""
+    output = tmp_path_factory.mktemp("commands") / "output"
+    line = [sys.executable, "-c", SERVER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, text=True, **pipes) as server:
+
+        def run(name: str, *arguments: str, status: int = 0, environment: dict[str, str] | None = None):
+            request = [f"opensora_jax.{name}", arguments, environment or {}, str(output)]
+            print(json.dumps(request), file=server.stdin, flush=True)
+            found = int(server.stdout.readline())
+            printed = [output.with_suffix(f".{name}").read_text() for name in ("stdout", "stderr")]
+            assert found == status, printed[1][-4000:]
+            return subprocess.CompletedProcess(arguments, found, *printed)
+
+        yield run
+
+
+@pytest.fixture(scope="session")
+def world(command, tmp_path_factory) -> Path:
+    """Returns the folder of a finished tiny demo; workers of pytest-xdist share it."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / "world"
+    with (shared / "world.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "summary.json").exists():
+            make_world(command, folder)
+    return folder
+
+
+def make_world(command: Command, folder: Path) -> None:
+    data = folder / "data"
+    command("dataset", "demo", f"--output={data}", "--num_clips=16")
+    command("dataset", "meta", f"--input={data}/captions.csv", f"--output={folder}/meta.parquet")
+    command("dataset", "meta", f"--input={data}/held_out.csv", f"--output={folder}/held_out.parquet")
+    command("dataset", "text", f"--meta={folder}/meta.parquet", f"--output={folder}/text")
+    command("train_vae", *vae_flags(folder))
+    command("dataset", "encode", *train_flags(folder))
+    command("train", *train_flags(folder))
+    command("sample", *sample_flags(folder, f"--prompts={data}/prompts.txt", "--config.num_samples=2"))
+    command("report", f"--folder={folder}", "--wall_seconds=7")
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Returns every file below a folder, with its time."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def metrics(workdir: Path) -> list[dict]:
+    """Returns the logged steps without their duration."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "step_seconds"} for line in lines]
+
+
+def test_the_whole_way_leaves_what_it_promises(world):
+    for pattern in (
+        "data/videos/*.mp4",
+        "vae/reconstructions/*.mp4",
+        "vae/tensorboard/events.*",
+        f"vae/checkpoints/{VAE_STEPS}",
+        "latents/cache.json",
+        "diffusion/tensorboard/events.*",
+        f"diffusion/checkpoints/{STEPS}",
+        "samples/0000_*.mp4",
+        "samples/0001_*.mp4",
+    ):
+        assert list(world.glob(pattern)), pattern
+    for name in ("contact_sheet.png", "loss_curves.png"):
+        with Image.open(world / name) as picture:
+            assert min(picture.size) > 30
+    sampled = video.probe(next(world.glob("samples/0001_*.mp4")))
+    assert (sampled.num_frames, sampled.height, sampled.width, sampled.fps) == (9, 32, 32, 8.0)
+    assert [name for name in files(world) if "tmp" in name or "/." in name] == []
+
+
+def test_the_summary_holds_the_numbers_of_the_demo(world):
+    summary = json.loads((world / "summary.json").read_text())
+    assert summary["missing"] == []
+    assert summary["wall_seconds"] == 7
+    assert summary["peak_memory_bytes"] > 100 << 20
+    assert 0 < summary["autoencoder"]["validation"]["psnr_db"] < 100
+    for name, steps in ("autoencoder", VAE_STEPS), ("diffusion", STEPS):
+        training = summary[name]["training"]
+        assert training["steps"] == steps
+        assert min(training["loss_first"], training["loss_last"], training["median_step_seconds"]) > 0
+    followed = summary["prompt_following"]
+    assert followed["samples"] == 2
+    assert all(0 <= followed[f"{name}_accuracy"] <= 1 for name in ("color", "direction", "shape", "background"))
+    ran = [line["command"] for line in summary["commands"]]
+    assert ran == ["dataset demo", "dataset meta", "dataset text", "train_vae", "dataset encode", "train", "sample"]
+
+
+def test_a_second_run_reuses_what_is_there(world, command, tmp_path):
+    folder = shutil.copytree(world, tmp_path / "world")  # new paths and times: the first samples are made again
+    prompts = sample_flags(folder, f"--prompts={folder}/data/prompts.txt", "--config.num_samples=2")
+    command("sample", *prompts)
+    before = files(folder)
+    command("dataset", "demo", f"--output={folder}/data", "--num_clips=16")
+    command("dataset", "text", f"--meta={folder}/meta.parquet", f"--output={folder}/text")
+    assert "holds the 16 latents of these clips" in command("dataset", "encode", *train_flags(folder)).stdout
+    assert f"already finished at step {STEPS}" in command("train", *train_flags(folder)).stderr
+    assert "0 new videos, 2 kept" in command("sample", *prompts).stdout
+    changed = {name for name, changed_at in files(folder).items() if before.get(name) != changed_at}
+    lists = {"metrics.jsonl", "runs.jsonl", "samples.json", "contact_sheet.png"}
+    assert {Path(name).name for name in changed if "tensorboard" not in name} <= lists
+
+
+def kill_at(step: int, name: str, workdir: Path, *arguments: str) -> None:
+    """Starts a command and kills it as soon as it has logged `step`."""
+    line = [sys.executable, "-m", f"opensora_jax.{name}", *arguments]
+    deadline = time.monotonic() + 120
+    with subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        log = workdir / "metrics.jsonl"
+        while not log.exists() or log.read_bytes().count(b"\n") < step:
+            assert run.poll() is None, "the command ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+
+
+def test_train_killed_twice_ends_with_the_losses_of_an_uninterrupted_run(world, command, tmp_path):
+    workdir = tmp_path / "run"
+    flags = train_flags(world, f"--config.workdir={workdir}")
+    for step in (1, 7):  # before the first checkpoint, and between two
+        kill_at(step, "train", workdir, *flags)
+        assert len(metrics(workdir)) < STEPS
+    assert "continuing at step" in command("train", *flags).stderr
+    assert metrics(workdir) == metrics(world / "diffusion")
+
+
+def test_train_vae_killed_ends_with_the_losses_of_an_uninterrupted_run(world, command, tmp_path):
+    workdir = tmp_path / "run"
+    flags = vae_flags(world, f"--config.workdir={workdir}")
+    kill_at(3, "train_vae", workdir, *flags)  # the next step is the first on videos, and compiles
+    assert "continuing at step 2" in command("train_vae", *flags).stderr
+    assert metrics(workdir) == metrics(world / "vae")
+    for name in ("validation.json", "latent.json"):
+        assert (workdir / name).read_text() == (world / "vae" / name).read_text()
+
+
+def test_eight_devices_train_with_the_losses_of_one_and_sample(world, command, tmp_path):
+    workdir, mesh = tmp_path / "run", setting("mesh", *PARTS)
+    quarter = "--config.bucket_config['32px_ar1:1'][9]=(1.0,2)"  # for each of 4 data shards
+    flags = train_flags(world, f"--config.workdir={workdir}", quarter, "--config.loop.num_steps=3", *mesh)
+    command("train", *flags, environment=EIGHT_DEVICES)
+    losses, expected = ([line["loss"] for line in metrics(path)] for path in (workdir, world / "diffusion"))
+    np.testing.assert_allclose(losses, expected[:3], rtol=1e-5)
+    places = [f"--config.save_dir={tmp_path}/samples", f"--config.model.from_pretrained={workdir}"]
+    command("sample", *sample_flags(world, *places, *mesh, "--prompt=a red circle"), environment=EIGHT_DEVICES)
+    assert video.probe(tmp_path / "samples" / "0000_a-red-circle.mp4").num_frames == 9
+
+
+@pytest.fixture(scope="session")
+def mess(world, tmp_path_factory) -> Path:
+    """Returns a folder of things that no command should take, beside a copy of the finished demo."""
+    folder = tmp_path_factory.mktemp("mess")
+    for name in ("empty", "notes", "broken", "short"):
+        (folder / name).mkdir()
+    (folder / "notes" / "notes.txt").write_text("no video")
+    (folder / "broken" / "text.mp4").write_text("no video")
+    (folder / "no_rows.csv").write_text("path,text\n")
+    (folder / "blank.txt").write_text("\n \n")
+    (folder / "latin.txt").write_bytes("ein K\xe4fer".encode("latin-1"))
+    (folder / "file").touch()
+    for name in ("a.mp4", "b.mp4"):
+        video.write_video(folder / "short" / name, np.full((5, 32, 32, 3), 77, np.uint8), 8)
+    rows = [records.describe(str(path), "short") for path in sorted((folder / "short").iterdir())]
+    records.write_table(records.pa.Table.from_pylist(rows, schema=records.SCHEMA), folder / "short.parquet")
+    shutil.copytree(world, folder / "world")
+    return folder
+
+
+NO_DATA = ("dataset", "meta", "--output={mess}/out/meta.parquet")
+VAE, ENCODE, TRAIN, SAMPLE = ("train_vae",), ("dataset", "encode"), ("train",), ("sample",)
+FLAGS = {VAE: vae_flags, ENCODE: train_flags, TRAIN: train_flags, SAMPLE: sample_flags}
+PROMPT = "--prompt=a red circle"
+
+
+@pytest.mark.parametrize(
+    ("line", "more", "message"),
+    [
+        (NO_DATA, ["--input={mess}/nowhere"], "No data at {mess}/nowhere"),
+        (NO_DATA, ["--input={mess}/empty"], "No videos in {mess}/empty"),
+        (NO_DATA, ["--input={mess}/notes"], "No videos in {mess}/notes"),
+        (NO_DATA, ["--input={mess}/broken"], "None of the 1 files of {mess}/broken is a usable video"),
+        (NO_DATA, ["--input={mess}/no_rows.csv"], "No videos in {mess}/no_rows.csv"),
+        (NO_DATA, ["--input={mess}/file"], "Cannot read {mess}/file"),
+        (VAE, ["--config.dataset.data_path={mess}/nowhere.parquet"], "Cannot read {mess}/nowhere.parquet"),
+        (VAE, ["--config.dataset.data_path={mess}/short.parquet"], "2 shorter than 9 frames (longest: 5)"),
+        (VAE, ["--config.validation.data_path={mess}/short.parquet"], "2 shorter than 9 frames (longest: 5)"),
+        (VAE, ["--config.loop.num_step=3"], "config.loop has no field 'num_step'; did you mean 'num_steps'?"),
+        (VAE, ["--config.model.block_out_channels=(4,8,8)"], "block_out_channels[1] is 4 there and 8 in the config"),
+        (ENCODE, ["--config.ae.from_pretrained={mess}"], "config.ae.from_pretrained takes the workdir"),
+        (ENCODE, ["--config.ae.block_out_channels=(4,8,8)"], "is 4 there and 8 in the config"),
+        (ENCODE, ["--config.encode.posterior=sample"], "{mess}/world/latents is from other encoders"),
+        (ENCODE, ["--config.t5.from_pretrained={mess}/nowhere"], "there is no folder {mess}/nowhere"),
+        (TRAIN, ["--config.latents={mess}/nowhere"], "{mess}/nowhere holds no finished latents"),
+        (TRAIN, ["--config.modle.depth=2"], "config has no field 'modle'; did you mean 'model'?"),
+        (TRAIN, ["--config.model.hidden_size=32"], "hidden_size"),
+        (TRAIN, ["--config.model.mlp_ratio=2.0"], "model.mlp_ratio is 4.0 there and 2.0 in the config"),
+        (TRAIN, ["--config.model.in_channels=32"], "set --config.model.in_channels=16"),
+        (TRAIN, ["--config.loop.num_steps=2"], "past num_steps=2"),
+        (TRAIN, ["--config.mesh.tensor=3"], "mesh axes must multiply to the 1 devices"),
+        (SAMPLE, ["--config.model.mlp_ratio=2.0", PROMPT], "model.mlp_ratio is 4.0 there and 2.0 in the config"),
+        (SAMPLE, ["--config.sampling_option.num_frames=8", PROMPT], "num_frames"),
+        (SAMPLE, ["--prompts={mess}/blank.txt"], "The prompt list {mess}/blank.txt is empty"),
+        (SAMPLE, ["--prompts={mess}/nowhere.txt"], "The prompt list {mess}/nowhere.txt does not exist"),
+        (SAMPLE, ["--prompts={mess}/latin.txt"], "{mess}/latin.txt is not UTF-8 text"),
+        (SAMPLE, ["--prompt="], "There is no prompt"),
+        (SAMPLE, [], "There is no prompt"),
+        (("report",), ["--folder={mess}/nowhere"], "There is no folder {mess}/nowhere"),
+    ],
+    ids=lambda value: " ".join(value).replace("{mess}/", "") if isinstance(value, tuple | list) else "",
+)
+def test_bad_input_is_one_line_and_writes_nothing(mess, command, line, more, message):
+    name, *arguments = line
+    arguments += FLAGS[line](mess / "world") if line in FLAGS else []
+    check_refusal(mess, command, name, [*arguments, *more], message)
+
+
+def check_refusal(mess: Path, command: Command, name: str, arguments: list[str], message: str) -> None:
+    before = files(mess)
+    errors = command(name, *(argument.format(mess=mess) for argument in arguments), status=1).stderr
+    assert errors.rstrip("\n").rpartition("\n")[2].startswith("error: "), errors
+    assert message.format(mess=mess) in errors.rpartition("error: ")[2]
+    assert "Traceback" not in errors
+    assert files(mess) == before
+
+
+@pytest.mark.parametrize("place", ["{mess}/file/out", "/proc/out/out"])
+@pytest.mark.parametrize(
+    ("line", "flag"),
+    [
+        (("dataset", "demo", "--num_clips=2"), "--output={place}"),
+        (("dataset", "meta", "--input={mess}/short"), "--output={place}.parquet"),
+        (("dataset", "text", "--meta={mess}/short.parquet"), "--output={place}"),
+        (VAE, "--config.workdir={place}"),
+        (ENCODE, "--config.latents={place}"),
+        (TRAIN, "--config.workdir={place}"),
+        (SAMPLE, "--config.save_dir={place}"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
+)
+def test_a_folder_that_cannot_be_made_is_one_line(mess, command, line, flag, place):
+    name, *arguments = line
+    arguments += FLAGS[line](mess / "world") if line in FLAGS else []
+    arguments += [PROMPT] if line == SAMPLE else []
+    place = place.format(mess=mess)
+    check_refusal(mess, command, name, [*arguments, flag.format(place=place)], str(Path(place).parent))
+
+
+@pytest.fixture
+def on_disk(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Returns a function that runs a command which sees a disk with mount options at `place`; files at the end."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    script = 'mount -t tmpfs -o $0 disk "$1" && cd "$2" && { "${@:3}"; status=$?; find "$1"; exit $status; }'
+    mounted = ["unshare", "--map-root-user", "--mount", "bash", "-c", script]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*mounted, "ro", place, ROOT, "true"], capture_output=True).returncode
+    ):
+        pytest.skip("this machine lets no user mount a disk")
+
+    def run(options: str, name: str, *arguments: str) -> subprocess.CompletedProcess:
+        line = [*mounted, options, place, ROOT, sys.executable, "-m", f"opensora_jax.{name}", *arguments]
+        return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+
+    on = run
+    return on
+
+
+@pytest.mark.parametrize(
+    ("options", "line", "message"),
+    [
+        ("size=64k", ("dataset", "demo", "--num_clips=2", "--output={disk}/a"), "no space is left on the disk"),
+        ("ro", ("dataset", "demo", "--num_clips=2", "--output={disk}/a"), "the file system is read-only"),
+        ("size=200k", TRAIN, "no space is left on the disk"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_one_line(world, on_disk, tmp_path, options, line, message):
+    name, *arguments = line
+    arguments += train_flags(world, "--config.workdir={disk}/a") if line == TRAIN else []
+    process = on_disk(options, name, *(argument.format(disk=tmp_path / "disk") for argument in arguments))
+    assert process.returncode == 1, process.stderr
+    last = process.stderr.rstrip("\n").rpartition("\n")[2]
+    assert last.startswith(f"error: {tmp_path}/disk/a")
+    assert message in last
+    assert "Traceback" not in process.stderr
+    print(process.stdout)
+
+
+@pytest.fixture
+def videos(tmp_path) -> Path:
+    """Returns a folder of real videos of mixed sizes and rates: one is turned, one cut short, one damaged."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (48, 66, 58, 3), np.uint8)
+    for name, (frames, height, width), fps in (
+        ("a_red_car.mp4", (24, 48, 58), 8),
+        ("b.mp4", (40, 66, 40), 29.97),
+        ("c.mp4", (48, 36, 58), 60),
+        ("damaged.mp4", (30, 40, 40), 24),
+    ):
+        video.write_video(folder / name, noise[:frames, :height, :width], fps)
+    (folder / "b.txt").write_text("a blue boat")
+    turn = [video.binary(), "-nostdin", "-loglevel", "error", "-display_rotation", "90"]
+    turn += ["-i", str(folder / "a_red_car.mp4"), "-c", "copy", str(folder / "turned.mp4")]
+    subprocess.run(turn, check=True, timeout=60)
+    whole = (folder / "damaged.mp4").read_bytes()
+    (folder / "damaged.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "cut.mp4").write_bytes(whole[:700])
+    return folder
+
+
+def test_videos_of_mixed_kinds_train_and_sample(videos, command, tmp_path):
+    out = tmp_path / "out"
+    described = command("dataset", "meta", f"--input={videos}", f"--output={out}/meta.parquet").stdout
+    assert "cut.mp4: ffmpeg: " in described
+    command("dataset", "text", f"--meta={out}/meta.parquet", f"--output={out}/text")
+    command("train_vae", *vae_flags(out, "--config.loop.num_steps=5"))
+    command("dataset", "encode", *train_flags(out))
+    command("train", *train_flags(out, "--config.loop.num_steps=3"))
+    table = [f"--config.dataset.data_path={out}/meta.parquet", "--config.num_samples=2"]
+    command("sample", *sample_flags(out, *table))
+    command("report", f"--folder={out}")
+    assert {path.name for path in out.glob("samples/*.mp4")} == {"0000_a-red-car.mp4", "0001_a-blue-boat.mp4"}
