@@ -92,7 +92,7 @@ def command_times(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def training(workdir: Path) -> dict[str, float]:
+def training(workdir: Path) -> dict[str, float | int]:
     """Returns steps, first and last loss, mean loss of the last tenth, and median seconds of a step."""
     metrics = read_metrics(workdir / "metrics.jsonl")
     steps, losses = series(metrics, "loss")

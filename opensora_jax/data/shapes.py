@@ -37,7 +37,7 @@ PHRASES = {"right": "to the right", "left": "to the left", "up": "up", "down": "
 
 RADIUS = (0.19, 0.22)  # of the width, of the circle; square and triangle have the circle's area
 TRAVEL = (0.32, 0.38)  # of the width, first to last frame
-MARGIN, WANDER = 0.02, 0.05  # distance kept from the border; offset of a path from the middle, both ways
+MARGIN, WANDER = 0.035, 0.05  # distance kept from the border; offset of a path from the middle, both ways
 HALF_EXTENT = {"circle": 1.0, "square": np.sqrt(np.pi) / 2, "triangle": np.sqrt(2 * np.pi) / 2}  # in radii
 SUPERSAMPLING = 4
 FOREGROUND_LEVELS = 70  # difference from the border's median, of 255, in any channel

@@ -92,12 +92,12 @@ def test_shapes_have_the_stated_size_path_and_stay_in_view():
         assert (clip[:, :, [0, -1]] == ground).all(), spec
         cover = ((clip - ground) / (np.array(shapes.COLORS[spec.color]) - ground)).mean(-1)
         radius = np.sqrt(cover.sum((1, 2)) / np.pi) / SIZE
-        assert ((radius > 0.165) & (radius < 0.215)).all(), spec
+        assert ((radius > shapes.RADIUS[0] - 0.005) & (radius < shapes.RADIUS[1] + 0.005)).all(), spec
         y, x = (np.mgrid[:SIZE, :SIZE][i] for i in (0, 1))
         path = np.array([((x * c).sum(), (y * c).sum()) / c.sum() for c in cover]) / SIZE
         moved = path[-1] - path[0]
         along = moved @ np.array(shapes.DIRECTIONS[spec.direction])
-        assert 0.33 < along < 0.45, spec
+        assert shapes.TRAVEL[0] - 0.01 < along < shapes.TRAVEL[1] + 0.01, spec
         assert abs(moved).sum() == pytest.approx(along, abs=0.01), spec
 
 

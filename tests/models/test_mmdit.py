@@ -77,12 +77,14 @@ CONFIG = MMDiTConfig(
 
 def test_an_untrained_mmdit_predicts_velocity_zero_in_the_shape_of_its_input():
     x = jnp.ones((1, 2, 4, 6, 3))
-    velocity = MMDiT(CONFIG, rngs=nnx.Rngs(0))(x, jnp.ones(1), jnp.ones((1, 11, 7)), jnp.ones((1, 5)))
+    graphdef, params = nnx.split(MMDiT(CONFIG, rngs=nnx.Rngs(0)))
+    run = jax.jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs))
+    velocity = run(params, x, jnp.ones(1), jnp.ones((1, 11, 7)), jnp.ones((1, 5)))
     np.testing.assert_array_equal(velocity, np.zeros(x.shape))
 
 
 def test_a_latent_that_no_patch_divides_is_refused_by_name():
-    model = MMDiT(CONFIG, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: MMDiT(CONFIG, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="got 5x6"):
         model(jnp.ones((1, 1, 5, 6, 3)), jnp.ones(1), jnp.ones((1, 1, 7)), jnp.ones((1, 5)))
 

@@ -65,6 +65,6 @@ def get_config() -> ConfigDict:
             },
             "ema_decay": 0.99,
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "loop": {"num_steps": 800, "log_every": 10, "ckpt_every": 150, "keep_n_latest": 2},
+            "loop": {"num_steps": 650, "log_every": 10, "ckpt_every": 150, "keep_n_latest": 2},
         }
     )

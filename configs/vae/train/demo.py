@@ -39,13 +39,13 @@ def get_config() -> ConfigDict:
                 "max_bad_rate": 0.05,
             },
             # The first steps see single frames: colours and shapes are learnt there at a third of the cost.
-            "images": {"steps": 450, "frames": 4},
+            "images": {"steps": 500, "frames": 4},
             # Without a table of their own, up to `clips` rows of the training table are held out.
             "validation": {"data_path": folder + "/held_out.parquet", "clips": 48, "latent_clips": 256},
             # resolution: {frames: (probability, batch size)}
             "bucket_config": {"32px_ar1:1": {9: (1.0, 4)}},
             "small_buckets": "repeat",  # a handful of videos is enough to try
-            "vae_loss_config": {"l1_loss_weight": 0.0, "l2_loss_weight": 1.0, "kl_loss_weight": 2e-3},
+            "vae_loss_config": {"l1_loss_weight": 0.0, "l2_loss_weight": 1.0, "kl_loss_weight": 1e-3},
             "optim": {
                 "cls": "muon",
                 "lr": 0.04,
@@ -58,6 +58,6 @@ def get_config() -> ConfigDict:
             },
             "ema_decay": 0.99,
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "loop": {"num_steps": 850, "log_every": 10, "ckpt_every": 150, "keep_n_latest": 2},
+            "loop": {"num_steps": 1050, "log_every": 10, "ckpt_every": 150, "keep_n_latest": 2},
         }
     )
