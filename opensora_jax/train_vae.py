@@ -20,7 +20,7 @@ from opensora_jax.config.build import build
 from opensora_jax.config.command import run
 from opensora_jax.config.files import write_json
 from opensora_jax.config.flag import config_flag
-from opensora_jax.data.buckets import Buckets
+from opensora_jax.data.buckets import Bucket, Buckets
 from opensora_jax.data.clips import ClipDataset, ImageSteps, assigned_rows
 from opensora_jax.data.loader import make_loader
 from opensora_jax.data.plan import Plan
@@ -98,11 +98,9 @@ def main(argv: list[str]) -> Path | None:
     if jax.process_index() == 0 and not is_measured(config.workdir, int(state.step)):
         model = nnx.merge(graphdef, state.ema if ema else state.params)
         rows = assigned_rows(training, buckets, config.seed)[: config.validation.latent_clips]
-        batch_size = rows[0][0].batch_size
-        write_json(config.workdir / "latent.json", reconstruction.measure_latent(model, source, rows, batch_size))
-        folder, captions = config.workdir / "reconstructions", held_out["text"].to_pylist()
-        clips = dataset.source(held_out)
-        measured = reconstruction.validate(model, clips, held_out_rows, captions, batch_size, folder)
+        latent = reconstruction.measure_latent(model, source, rows, rows[0][0].batch_size)
+        write_json(config.workdir / "latent.json", latent)
+        measured = validate(config, model, held_out, held_out_rows)
         write_json(config.workdir / "validation.json", {"step": int(state.step)} | measured)
         logging.info("held-out clips: %s", measured)
     return config.workdir
@@ -121,6 +119,15 @@ def split(table: pa.Table, config: ValidationConfig, buckets: Buckets, seed: int
     if count == 0:
         return table, table
     return table.take(np.setdiff1d(np.arange(len(table)), held_out)), table.take(np.sort(held_out))
+
+
+def validate(
+    config: TrainVAEConfig, model: nnx.Module, table: pa.Table, rows: list[tuple[Bucket, int]]
+) -> dict[str, Any]:
+    """Writes the reconstructions of a table's clips and returns their error."""
+    clips, captions = config.dataset.source(table), table["text"].to_pylist()
+    folder, batch_size = config.workdir / "reconstructions", rows[0][0].batch_size
+    return reconstruction.validate(model, clips, rows, captions, batch_size, folder)
 
 
 def is_measured(workdir: Path, step: int) -> bool:

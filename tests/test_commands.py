@@ -358,8 +358,7 @@ def on_disk(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
         line = [*mounted, options, place, ROOT, sys.executable, "-m", f"opensora_jax.{name}", *arguments]
         return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
 
-    on = run
-    return on
+    return run
 
 
 @pytest.mark.parametrize(

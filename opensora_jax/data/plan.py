@@ -175,7 +175,7 @@ class Plan:
         return digest.hexdigest()[:16]
 
 
-def mix(*parts: int | np.ndarray) -> UInt64[np.ndarray, " N"]:
+def mix(*parts: int | np.ndarray) -> UInt64[np.ndarray, "..."]:
     """Returns a hash of the parts, broadcast to at least one axis; every bit depends on every part.
 
     Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014), chained over the parts.

@@ -102,7 +102,7 @@ def _shallow(config: Any) -> dict[str, Any]:
 
 
 def _restore(folder: Path, abstract: nnx.State, expected: dict[str, Any]) -> nnx.State:
-    with ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(create=False)) as manager:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{folder} holds no finished checkpoint: let the training run save one first")

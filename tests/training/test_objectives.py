@@ -8,6 +8,7 @@ from flax import nnx
 
 from opensora_jax.diffusion import flow
 from opensora_jax.models.hunyuan_vae import Posterior
+from opensora_jax.nn.conv3d import CausalConv3d
 from opensora_jax.training import vae
 from opensora_jax.training.diffusion import DropoutRatio, FlowConfig, NullText, drop_text, make_loss
 from opensora_jax.training.optimizer import OptimConfig, learning_rate, make_optimizer
@@ -62,6 +63,19 @@ def test_the_vae_loss_weighs_its_terms():
     assert parts["l2"] == pytest.approx(0.25)
     assert parts["kl"] == pytest.approx(0.5)  # of N(1, 1), per value
     assert total == pytest.approx(0.5 + 2.5 + 50.0)
+
+
+def test_images_teach_the_tap_of_the_current_frame_alone():
+    model = CausalConv3d(3, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+
+    def loss(params, video):
+        model = nnx.merge(graphdef, params)
+        return jnp.sum(vae.only_current_frame_learns(model)(video) ** 2)
+
+    gradient = jax.grad(loss)(params, jnp.ones((1, 1, 4, 4, 3)))["conv"]["kernel"][...]
+    assert not gradient[:-1].any()
+    assert gradient[-1].any()
 
 
 def test_bytes_become_pixels_and_come_back():
