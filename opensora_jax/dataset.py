@@ -102,7 +102,7 @@ def _run_text(argv: list[str]) -> Path:
     captions = records.read_table(given.meta)["text"].to_pylist()
     write_local_encoders(Path(given.output), captions, seed=given.seed, text_length=given.text_length)
     print(f"{given.output}: small text encoders in t5 and clip")
-    return Path(given.output)
+    return Path(given.output).parent
 
 
 def _run_encode(argv: list[str]) -> Path:
@@ -110,7 +110,7 @@ def _run_encode(argv: list[str]) -> Path:
 
     config = flags.FLAGS.config
     sections = {field.name: config[field.name] for field in dataclasses.fields(encode.EncodeJob)}
-    return encode.run(build(encode.EncodeJob, sections, "config")).folder
+    return encode.run(build(encode.EncodeJob, sections, "config")).folder.parent
 
 
 DEFINE_FLAGS: dict[str, Callable[[], object]] = {

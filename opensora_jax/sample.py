@@ -103,6 +103,8 @@ def read_prompts(config: SampleConfig) -> list[prompt_list.Prompt]:
     strings, file, table = flags.FLAGS.prompt, flags.FLAGS.prompts, config.dataset.data_path
     if strings and file:
         raise UserError("Both --prompt and --prompts are given. Use one of them.")
+    if flags.FLAGS.ref and not strings:
+        raise UserError("--ref goes with --prompt. In a table, give references in its column 'ref'.")
     if strings:
         prompts = prompt_list.from_strings(strings, flags.FLAGS.ref)
     elif file:

@@ -71,8 +71,11 @@ class _ConfigFile(flags.ArgumentParser[ConfigDict]):
     def parse(self, argument: str) -> ConfigDict:
         """Returns the config without its overrides: config_flags applies them next, in their order."""
         config = load_config(argument)
-        for override in _overrides(sys.argv):
-            _check_override(config, override)
+        overrides = list(_overrides(sys.argv))
+        for override in overrides:
+            value = _check_override(config, override)
+            if isinstance(value, tuple) and overrides.count(override) > 1:  # config_flags would join them
+                raise UserError(f"--config.{override} is given {overrides.count(override)} times; give it once")
         return config
 
 
@@ -83,8 +86,11 @@ def _overrides(argv: list[str]) -> Iterator[str]:
             yield match[1]
 
 
-def _check_override(config: ConfigDict, override: str) -> None:
-    """Raises UserError unless the path leads to a field of the config that the command line can set."""
+def _check_override(config: ConfigDict, override: str) -> Any:
+    """Returns the value to be overridden.
+
+    Raises: UserError unless the path leads to a field of the config that the command line can set.
+    """
     try:
         parts = config_path.split(override)
     except ValueError:
@@ -101,6 +107,7 @@ def _check_override(config: ConfigDict, override: str) -> None:
         trail += f".{part}" if isinstance(part, str) else f"[{part!r}]"
     if field_type in (types.NoneType, list):
         raise UserError(f"{trail} is {holder!r} and cannot be overridden: set it in a config file of your own")
+    return holder
 
 
 def _place(path: str | Path, error: Exception) -> str:

@@ -90,22 +90,18 @@ class Run:
         writer: MetricsWriter,
     ) -> TrainState:
         compiled, key = jax.jit(step, donate_argnums=0), jax.random.key(self.seed)
-        stop, bar = (
-            self.config.num_steps,
-            tqdm(total=self.config.num_steps, initial=start, desc=self.title, unit="step"),
-        )
-        clock, counted = time.perf_counter(), start
-        for number, batch in enumerate(batches, start=start + 1):
-            state, metrics = compiled(state, to_devices(batch, self.mesh), key)
-            if number % self.config.log_every == 0 or number == stop:
-                scalars = {name: float(value) for name, value in metrics.items()}  # waits for the device
-                now = time.perf_counter()
-                scalars["step_seconds"] = (now - clock) / (number - counted)
-                clock, counted = now, number
-                writer.write(number, scalars)
-                bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
-            if number % self.config.ckpt_every == 0 or number == stop:
-                checkpoints.save(number, state, self.meta)
-            bar.update()
-        bar.close()
+        stop, clock, counted = self.config.num_steps, time.perf_counter(), start
+        with tqdm(total=stop, initial=start, desc=self.title, unit="step") as bar:
+            for number, batch in enumerate(batches, start=start + 1):
+                state, metrics = compiled(state, to_devices(batch, self.mesh), key)
+                if number % self.config.log_every == 0 or number == stop:
+                    scalars = {name: float(value) for name, value in metrics.items()}  # waits for the device
+                    now = time.perf_counter()
+                    scalars["step_seconds"] = (now - clock) / (number - counted)
+                    clock, counted = now, number
+                    writer.write(number, scalars)
+                    bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
+                if number % self.config.ckpt_every == 0 or number == stop:
+                    checkpoints.save(number, state, self.meta)
+                bar.update()
         return state

@@ -102,6 +102,10 @@ def test_overrides_reach_the_config(command):
         (["--ouput=x"], "there is no flag --ouput; did you mean 'output'?"),
         (["--zzz"], "there is no flag --zzz; it has config, do, output"),
         (["more"], "unexpected argument 'more': options are written --name=value"),
+        (
+            ["--config.model.size=(1,2)", "--config.model.size=(3,4)"],
+            "--config.model.size is given 2 times; give it once",
+        ),
     ],
 )
 def test_a_mistake_in_the_flags_is_one_line(command, arguments, error):
