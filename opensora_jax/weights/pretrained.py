@@ -7,7 +7,7 @@ one is refused with the fields that differ.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +79,19 @@ def load(section: Section, kinds: Kinds, where: str, *, dtype: DTypeLike, mesh: 
             f"train one, or give another with --{where}.from_pretrained=..."
         )
     module, config = parse_model(section, kinds, where)
-    if (workdir / "latent.json").exists():
-        measured = json.loads((workdir / "latent.json").read_text())
-        config = type(config)(**(_shallow(config) | {name: tuple(measured[name]) for name in LATENT_FIELDS}))
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    _, shapes = _abstract(module, config, dtype)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
     )
-    return nnx.merge(graphdef, _restore(workdir / "checkpoints", abstract, describe(section["type"], config)))
+    params = _restore(workdir / "checkpoints", abstract, describe(section["type"], config))
+    if (workdir / "latent.json").exists():
+        measured = json.loads((workdir / "latent.json").read_text())
+        config = replace(config, **{name: tuple(measured[name]) for name in LATENT_FIELDS})
+    return nnx.merge(_abstract(module, config, dtype)[0], params)
+
+
+def _abstract(module: type, config: Any, dtype: DTypeLike) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def fingerprint(model: nnx.Module) -> str:
@@ -95,10 +100,6 @@ def fingerprint(model: nnx.Module) -> str:
     for path, leaf in jax.tree.leaves_with_path(nnx.state(model, nnx.Param)):
         digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()[:16]
-
-
-def _shallow(config: Any) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in fields(config)}
 
 
 def _restore(folder: Path, abstract: nnx.State, expected: dict[str, Any]) -> nnx.State:
