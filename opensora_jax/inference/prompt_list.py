@@ -46,6 +46,8 @@ def from_file(path: Path) -> list[Prompt]:
 def from_table(path: Path) -> list[Prompt]:
     """Returns a prompt for each row of a .csv or .parquet with `text` and, if wanted, `ref` and `neg`.
 
+    Rows that `dataset meta` marked as bad are left out.
+
     `ref` lists paths separated by ";", relative to the table's folder or else to the working directory.
     Raises: UserError for a missing file, an empty table or one without prompts.
     """
@@ -54,11 +56,12 @@ def from_table(path: Path) -> list[Prompt]:
         raise UserError(f"{path} has no column 'text', only {', '.join(columns)}. Add one with the prompts.")
     count = len(columns["text"])
     blank = [""] * count
-    rows = zip(columns["text"], columns.get("ref", blank), columns.get("neg", blank), strict=True)
+    names = ("ref", "neg", "status")
+    rows = zip(columns["text"], *(columns.get(name, blank) for name in names), strict=True)
     prompts = [
         Prompt(text.strip(), i, _references(ref or "", path.parent), neg or "")
-        for i, (text, ref, neg) in enumerate(rows)
-        if text and text.strip()
+        for i, (text, ref, neg, status) in enumerate(rows)
+        if text and text.strip() and status != "bad"
     ]
     if not prompts:
         raise UserError(f"{path} holds no prompts. Fill its column 'text'.")

@@ -62,3 +62,9 @@ def test_tables_without_prompts_are_refused(tmp_path):
     file.write_text("no table")
     with pytest.raises(UserError, match="cannot be read as a table"):
         prompt_list.from_table(file)
+
+
+def test_files_that_no_one_can_read_give_no_prompts(tmp_path):
+    path = tmp_path / "meta.csv"
+    path.write_text("path,text,status\na.mp4,a cat,ok\nb.mp4,broken,bad\nc.mp4,a dog,\n")
+    assert [prompt.text for prompt in prompt_list.from_table(path)] == ["a cat", "a dog"]
