@@ -16,13 +16,13 @@ from absl import logging
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.diffusion import conditions, flow
 from opensora_jax.diffusion.guidance import StepGuidance, count_passes, plan_distilled, plan_steps
-from opensora_jax.diffusion.sampler import Prompt, Velocity, branch_prompts, denoise
+from opensora_jax.diffusion.sampler import Progress, Prompt, Velocity, branch_prompts, denoise
 from opensora_jax.inference.references import read_references
 from opensora_jax.inference.request import Request, SamplingOption, image_size, latent_shape
 from opensora_jax.parallel.batch import batch_sharding
@@ -64,31 +64,50 @@ class Pipeline:
 
         Raises: UserError for sizes and references that the models cannot take.
         """
-        config = self.denoiser.config
-        shape = latent_shape(option, cond_type, self.autoencoder, config.patch_size)
-        times = flow.schedule(option.num_steps, _alpha(option, shape, config.patch_size))
-        plan = _plan(option, cond_type, shape[0])
-        logging.info("%d forward passes for %d steps of %s", count_passes(plan), len(plan), cond_type)
-        graph, params = nnx.split(self.denoiser)
+        shape = latent_shape(option, cond_type, self.autoencoder, self.denoiser.config.patch_size)
+        passes = count_passes(_plan(option, cond_type, shape[0]))
+        logging.info("%d forward passes for %d steps of %s", passes, option.num_steps, cond_type)
         batches = list(_batches(requests, self.batch_size))
-        with tqdm(total=len(batches) * len(plan), desc="sample", unit="step") as bar:
+        with tqdm(total=len(batches) * option.num_steps, desc="sample", unit="step") as bar:
             for batch, wanted in batches:
-                mask, reference = self._references(batch, option, cond_type, shape)
-                condition = jnp.concatenate([mask, reference], -1) if config.cond_embed else None
-                latents = denoise(
-                    _velocity(graph),
-                    params,
-                    self._spread(draw_noise(batch, shape, self.autoencoder.latent_channels)),
-                    times,
-                    plan,
-                    prompts=self._spread(self._prompts(batch)),
-                    condition=self._spread(condition),
-                    guidance=option.guidance if config.guidance_embed else None,
-                    progress=partial(_count, bar),
-                )
-                latents = conditions.paste(cond_type, latents, mask, reference)
+                noise = draw_noise(batch, shape, self.autoencoder.latent_channels)
+                references = self._references(batch, option, cond_type)
+                progress = partial(_count, bar)
+                latents = self.denoise(noise, self._prompts(batch), references, option, cond_type, progress=progress)
                 videos = self._decode(latents[:wanted], option.num_frames, cond_type)
                 yield from zip(batch, videos, strict=False)
+
+    def denoise(
+        self,
+        noise: Float[Array, "B T H W C"],
+        prompts: dict[str, Prompt],
+        references: Sequence[Sequence[Float[Array, "_ H W C"]]],
+        option: SamplingOption,
+        cond_type: str,
+        *,
+        progress: Progress = iter,
+    ) -> Float[Array, "B T H W C"]:
+        """Returns the latents that `noise` becomes, given images put back.
+
+        `prompts` holds one for each branch of guidance; `references[i]` are the reference latents of sample i, head
+        first, none for t2v. Raises: ValueError for a reference that is missing or too short.
+        """
+        config = self.denoiser.config
+        B, T, H, W, C = noise.shape
+        mask, reference = conditions.condition(cond_type, references, (B, T, H, W, C), self.autoencoder.is_causal)
+        graph, params = nnx.split(self.denoiser)
+        latents = denoise(
+            _velocity(graph),
+            params,
+            self._spread(noise),
+            flow.schedule(option.num_steps, _alpha(option, (T, H, W), config.patch_size)),
+            _plan(option, cond_type, T),
+            prompts=self._spread(prompts),
+            condition=self._spread(jnp.concatenate([mask, reference], -1)) if config.cond_embed else None,
+            guidance=option.guidance if config.guidance_embed else None,
+            progress=progress,
+        )
+        return conditions.paste(cond_type, latents, mask, reference)
 
     def _spread(self, batch: Any) -> Any:
         """Returns arrays split over the mesh along the batch axis."""
@@ -98,20 +117,17 @@ class Pipeline:
         texts = [request.prompt for request in batch], [request.negative for request in batch]
         return branch_prompts(*(Prompt(*self.encode_text(text)) for text in texts))
 
-    def _references(
-        self, batch: Sequence[Request], option: SamplingOption, cond_type: str, shape: tuple[int, int, int]
-    ) -> tuple[Array, Array]:
-        """Returns the mask and the masked reference latents of a batch, which are posterior modes."""
+    def _references(self, batch: Sequence[Request], option: SamplingOption, cond_type: str) -> list[list[Array]]:
+        """Returns the reference latents of a batch, which are posterior modes."""
         size = image_size(option, self.denoiser.config.patch_size * max(self.autoencoder.strides[1:]))
-        latents = [
+        graph, params = nnx.split(self.autoencoder)
+        return [
             [
-                _encode(*nnx.split(self.autoencoder), jnp.asarray(clip[None]))[0]
+                _encode(graph, params, jnp.asarray(clip[None]))[0]
                 for clip in read_references(request, cond_type, size, self.autoencoder)
             ]
             for request in batch
         ]
-        full_shape = (len(batch), *shape, self.autoencoder.latent_channels)
-        return conditions.condition(cond_type, latents, full_shape, self.autoencoder.is_causal)
 
     def _decode(self, latents: Array, num_frames: int, cond_type: str) -> Iterator[Video]:
         graph, params = nnx.split(self.autoencoder)
@@ -129,7 +145,9 @@ def draw_noise(requests: Sequence[Request], shape: tuple[int, ...], channels: in
     return jnp.stack([jax.random.normal(key, (*shape, channels)) for key in keys])
 
 
-def trim(video: Video, num_frames: int, cond_type: str, autoencoder: Any) -> UInt8[np.ndarray, "t H W 3"]:
+def trim(
+    video: Shaped[np.ndarray, "T H W 3"], num_frames: int, cond_type: str, autoencoder: Any
+) -> Shaped[np.ndarray, "t H W 3"]:
     """Returns the frames asked for, without those that repeat a given image.
 
     A non-causal autoencoder spreads an image over a whole latent frame, so all but one of its copies go.
