@@ -27,7 +27,7 @@ from opensora_jax.training.diffusion import DropoutRatio, FlowConfig, NullText, 
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
 from opensora_jax.training.state import make_train_step, plan_state
-from opensora_jax.weights.pretrained import DENOISERS, describe, parse_dtype, parse_model
+from opensora_jax.weights.pretrained import DENOISERS, describe, initial_weights, parse_dtype, parse_model
 
 CONFIG = config_flag()
 
@@ -74,7 +74,11 @@ def main(argv: list[str]) -> Path | None:
 
     tx = make_optimizer(config.optim, config.loop.num_steps)
     graphdef, abstract, init = plan_state(
-        lambda: module(model_config, dtype=dtype, rngs=nnx.Rngs(config.seed)), tx, mesh, ema=ema
+        lambda: module(model_config, dtype=dtype, rngs=nnx.Rngs(config.seed)),
+        tx,
+        mesh,
+        ema=ema,
+        pretrained=initial_weights(config.model, DENOISERS, "config.model", mesh=mesh),
     )
     loss = make_loss(config.flow, config.dropout_ratio, NullText(**jax.device_put(cache.null_text)))
     meta = describe(config.model["type"], model_config) | {"ema": ema, "latents": cache.key, "plan": plan.hash}

@@ -30,7 +30,7 @@ from opensora_jax.training import reconstruction, vae
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
 from opensora_jax.training.state import make_train_step, plan_state
-from opensora_jax.weights.pretrained import AUTOENCODERS, describe, parse_dtype, parse_model
+from opensora_jax.weights.pretrained import AUTOENCODERS, describe, initial_weights, parse_dtype, parse_model
 
 CONFIG = config_flag()
 
@@ -83,7 +83,11 @@ def main(argv: list[str]) -> Path | None:
 
     tx = make_optimizer(config.optim, config.loop.num_steps)
     graphdef, abstract, init = plan_state(
-        lambda: module(model_config, dtype=dtype, rngs=nnx.Rngs(config.seed)), tx, mesh, ema=ema
+        lambda: module(model_config, dtype=dtype, rngs=nnx.Rngs(config.seed)),
+        tx,
+        mesh,
+        ema=ema,
+        pretrained=initial_weights(config.model, AUTOENCODERS, "config.model", mesh=mesh),
     )
     loss = vae.make_loss(config.vae_loss_config)
     meta = describe(config.model["type"], model_config) | {"ema": ema, "plan": plan.hash}

@@ -55,8 +55,9 @@ def run(job: EncodeJob) -> LatentCache:
     Raises: UserError when the folder holds the work of other encoders or of another table.
     """
     dtype, dataset, config = parse_dtype(job.dtype), job.dataset, job.encode
-    autoencoder = load(job.ae, AUTOENCODERS, "config.ae", dtype=dtype, mesh=make_mesh(job.mesh))
-    texts = TextEncoders.load(job.t5, job.clip, dtype)
+    mesh = make_mesh(job.mesh)
+    autoencoder = load(job.ae, AUTOENCODERS, "config.ae", dtype=dtype, mesh=mesh)
+    texts = TextEncoders.load(job.t5, job.clip, dtype, mesh)
     table = read_table(dataset.data_path)
     buckets = Buckets(job.bucket_config, spatial_unit=dataset.spatial_unit, fps_max=dataset.fps_max)
     rows = assigned_rows(table, buckets, config.seed)

@@ -18,10 +18,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.files import write_json
-from opensora_jax.inference.prompt import MODELS, TextEncoderConfig, load_encoder
+from opensora_jax.inference.prompt import TextEncoderConfig, load_encoder
 from opensora_jax.models.clip import CLIPTextConfig
 from opensora_jax.models.t5 import T5Config
 from opensora_jax.weights.files import save_safetensors
+from opensora_jax.weights.pretrained import TEXT_ENCODERS
 from opensora_jax.weights.rename import published_shapes
 
 WIDTH, LAYERS, HEADS = 64, 2, 4
@@ -133,7 +134,7 @@ def _calibrate(folder: Path, weights: dict[str, np.ndarray], captions: list[str]
 
 def _random_weights(kind: str, config: T5Config | CLIPTextConfig, seed: int) -> dict[str, np.ndarray]:
     """Returns a published state dict: norms 1, biases 0, tables N(0, 1), matrices with torch's deviation."""
-    abstract = nnx.eval_shape(lambda: MODELS[kind][1](config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: TEXT_ENCODERS[kind][1](config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(seed)
     weights = {}
     for key, shape in published_shapes(kind, nnx.state(abstract, nnx.Param)).items():

@@ -17,18 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.models.clip import CLIPText, CLIPTextConfig
-from opensora_jax.models.t5 import T5Config, T5Encoder
+from opensora_jax.models.clip import CLIPTextConfig
+from opensora_jax.models.t5 import T5Config
+from opensora_jax.parallel.mesh import MeshConfig, make_mesh
+from opensora_jax.parallel.rules import param_shardings
 from opensora_jax.weights.files import open_checkpoint, read_config
+from opensora_jax.weights.pretrained import TEXT_ENCODERS
 from opensora_jax.weights.rename import load_params
 
-MODELS: dict[str, tuple[type, type]] = {"t5": (T5Config, T5Encoder), "clip": (CLIPTextConfig, CLIPText)}
 PUBLISHED = {"t5": "google/t5-v1_1-xxl", "clip": "openai/clip-vit-large-patch14"}
-READ_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # config, tokenizer, weights
+READ_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin")  # config, tokenizer, weights
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,11 @@ class TextEncoders:
         self.t5, self.clip, self.dtype, self.batch_size = t5, clip, dtype, batch_size
 
     @classmethod
-    def load(cls, t5: TextEncoderConfig, clip: TextEncoderConfig, dtype: DTypeLike) -> "TextEncoders":
+    def load(
+        cls, t5: TextEncoderConfig, clip: TextEncoderConfig, dtype: DTypeLike, mesh: Mesh | None = None
+    ) -> "TextEncoders":
         """Returns both encoders read from their folders. Raises: UserError, see `load_encoder`."""
-        return cls(load_encoder("t5", t5, dtype), load_encoder("clip", clip, dtype), dtype=dtype)
+        return cls(load_encoder("t5", t5, dtype, mesh), load_encoder("clip", clip, dtype, mesh), dtype=dtype)
 
     def encode(self, texts: Sequence[str]) -> tuple[Float[Array, "B S D"], Float[Array, "B P"]]:
         """Returns (token embeddings, pooled vectors) in float32; S is T5's `max_length`."""
@@ -91,8 +96,10 @@ class TextEncoders:
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def load_encoder(kind: str, config: TextEncoderConfig, dtype: DTypeLike) -> TextEncoder:
+def load_encoder(kind: str, config: TextEncoderConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> TextEncoder:
     """Returns the "t5" or "clip" encoder of a folder, its weights held in `dtype`, in which it also computes.
+
+    With a mesh its weights are split over it, else they lie on one device.
 
     Raises: UserError for a folder that is missing or incomplete, or a `max_length` beyond CLIP's positions.
     """
@@ -102,14 +109,15 @@ def load_encoder(kind: str, config: TextEncoderConfig, dtype: DTypeLike) -> Text
             f"{kind}.from_pretrained: there is no folder {folder}; download {PUBLISHED[kind]} into it, "
             "or make small encoders with `python -m opensora_jax.dataset text`."
         )
-    config_class, module = MODELS[kind]
+    config_class, module = TEXT_ENCODERS[kind]
     shape: T5Config | CLIPTextConfig = read_config(folder, config_class)
     if isinstance(shape, CLIPTextConfig) and config.max_length > shape.max_position_embeddings:
         longest = shape.max_position_embeddings
         raise UserError(f"clip.max_length is at most {longest} for {folder}: got {config.max_length}; use {longest}.")
     abstract = nnx.eval_shape(lambda: module(shape, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(abstract)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+    shardings = param_shardings(params, mesh or make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1]))
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), params, shardings)
     params = load_params(kind, open_checkpoint(folder), params)
     return TextEncoder(config, _load_tokenizer(folder), params, _forward(kind, graphdef))
 

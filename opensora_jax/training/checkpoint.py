@@ -4,7 +4,6 @@ A save that a crash cut short leaves a temporary folder that no restore looks at
 since the abstract state brings a sharding for every leaf.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.weights.pretrained import check_same
+from opensora_jax.weights.workdir import check_same
 
 
 class Checkpoints:
@@ -51,7 +50,7 @@ class Checkpoints:
         if step is None:
             return None
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        check_same(json.loads(json.dumps(expected)), meta, f"{self.folder}/{step}")
+        check_same(expected, meta, f"{self.folder}/{step}")
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         return restored["state"]
 

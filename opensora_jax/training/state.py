@@ -27,25 +27,36 @@ class TrainState(NamedTuple):
 
 
 def plan_state(
-    make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool
+    make_model: Callable[[], nnx.Module],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool,
+    pretrained: Callable[[], nnx.State] | None = None,
 ) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
     """Returns the model's graph, the state's shapes with their shardings, and a function that creates the state.
 
+    The parameters are those of `make_model`, or what `pretrained` returns, in its tree and already on the mesh.
     Nothing is allocated before that function runs, and it creates every parameter where it belongs: no device and no
     host ever holds a full copy of a sharded one.
     """
 
-    def init() -> TrainState:
-        params = nnx.state(make_model(), nnx.Param)
+    def start(params: nnx.State) -> TrainState:
         # The average starts at the parameters; a copy, since donated buffers must not be shared.
         average = jax.tree.map(jnp.copy, params) if ema else None
         return TrainState(jnp.zeros((), jnp.int32), params, average, tx.init(params))
+
+    def init() -> TrainState:
+        return start(nnx.state(make_model(), nnx.Param))
 
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
     shapes = jax.eval_shape(init)
     shardings = state_shardings(shapes, shapes.params, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return graphdef, abstract, jax.jit(init, out_shardings=shardings)
+    if pretrained is None:
+        return graphdef, abstract, jax.jit(init, out_shardings=shardings)
+    adopt = jax.jit(start, donate_argnums=0, out_shardings=shardings)
+    return graphdef, abstract, lambda: adopt(pretrained())
 
 
 def make_train_step(graphdef: nnx.GraphDef, loss: Loss, tx: optax.GradientTransformation, *, ema_decay: float | None):

@@ -1,36 +1,42 @@
-"""Models ready to use, from the workdirs of training runs: the network of a config section with its weights.
+"""Models ready to use: the network of a config section with its weights, placed on a mesh.
 
-A workdir holds Orbax checkpoints whose metadata names the network they belong to, so a section that asks for another
-one is refused with the fields that differ.
+Weights come from a workdir of ours, whose metadata names its network, or from a published file. A section that asks
+for another network than the weights belong to is refused with what differs.
 """
 
 import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from opensora_jax.config.build import build
 from opensora_jax.config.errors import UserError
+from opensora_jax.models.clip import CLIPText, CLIPTextConfig
 from opensora_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
 from opensora_jax.models.mmdit import MMDiT, MMDiTConfig
+from opensora_jax.models.t5 import T5Config, T5Encoder
 from opensora_jax.parallel.rules import param_shardings
+from opensora_jax.weights.files import open_checkpoint, read_json
+from opensora_jax.weights.layouts import to_fused, to_split
+from opensora_jax.weights.rename import load_params, published_tensors, rename_keys, with_stored_dtypes
+from opensora_jax.weights.workdir import Stored, check_same, is_workdir
 
 Section = Mapping[str, Any]
 Kinds = dict[str, tuple[type, type]]
 
 AUTOENCODERS: Kinds = {"hunyuan_vae": (HunyuanVAEConfig, HunyuanVAE)}
 DENOISERS: Kinds = {"mmdit": (MMDiTConfig, MMDiT)}
-MODELS = AUTOENCODERS | DENOISERS
+TEXT_ENCODERS: Kinds = {"t5": (T5Config, T5Encoder), "clip": (CLIPTextConfig, CLIPText)}
+MODELS = AUTOENCODERS | DENOISERS | TEXT_ENCODERS
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LATENT_FIELDS = ("scale_factor", "shift_factor")  # measured after training
 FREE_FIELDS = (*LATENT_FIELDS, "grad_ckpt_settings")  # the same weights serve all values, so they are not compared
@@ -46,14 +52,32 @@ def parse_dtype(name: str) -> DTypeLike:
     return DTYPES[name]
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of a network are, and how a file of them becomes ours: fields of its config section."""
+
+    from_pretrained: str | None = None
+    rename_keys: dict[str, str] = field(default_factory=dict)  # part of a key in the file -> what stands there instead
+    strict_load: bool = True  # False: load what fits, initialise and list the rest
+    layout: Literal["same", "flux", "opensora"] = "same"  # of the file, where it is not the model's
+    part: str | None = None  # the state dict to take from a torch file with several
+
+
+SOURCE_FIELDS = tuple(field.name for field in fields(Source))
+
+
+def parse_source(section: Section, where: str) -> Source:
+    """Returns where a section's weights come from. Raises: UserError for a field that does not fit."""
+    return build(Source, {name: section[name] for name in SOURCE_FIELDS if name in section}, where)
+
+
 def parse_model(section: Section, kinds: Kinds, where: str) -> tuple[type, Any]:
     """Returns the module class and the config of a section `{type, from_pretrained, <fields>}`.
 
     Raises: UserError for an unknown type or a field that does not fit it.
     """
-    options = dict(section)
+    options = {name: value for name, value in section.items() if name not in SOURCE_FIELDS}
     kind = options.pop("type", None)
-    options.pop("from_pretrained", None)
     if kind not in kinds:
         raise UserError(f"{where}.type is one of {', '.join(kinds)}: got {kind!r}")
     config_class, module = kinds[kind]
@@ -65,33 +89,89 @@ def describe(kind: str, config: Any) -> dict[str, Any]:
     return {"type": kind, "model": {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}}
 
 
-def load(section: Section, kinds: Kinds, where: str, *, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:
-    """Returns the module of a section with the weights in the workdir `from_pretrained`, sharded on the mesh.
+def load(
+    section: Section,
+    kinds: Kinds,
+    where: str,
+    *,
+    dtype: DTypeLike,
+    mesh: Mesh,
+    param_dtype: DTypeLike | None = None,
+) -> nnx.Module:
+    """Returns the module of a section with the weights that it names, sharded on the mesh.
 
-    The moving average is taken where the run kept one. A measured latent normalisation (`latent.json`) replaces that
-    of the section. Raises: UserError when the workdir has no checkpoint, or one of another network.
+    Parameters are held in `param_dtype`, or in the compute dtype `dtype`. Of a workdir, the moving average is taken
+    where the run kept one, and a measured latent normalisation (`latent.json`) replaces that of the section.
+    Raises: UserError when there are no weights, or those of another network.
     """
-    given = section.get("from_pretrained")
-    workdir = Path(given or "")
-    if not given or not (workdir / "checkpoints").is_dir():
-        raise UserError(
-            f"{where}.from_pretrained takes the workdir of a finished training run: got {given!r}; "
-            f"train one, or give another with --{where}.from_pretrained=..."
-        )
     module, config = parse_model(section, kinds, where)
-    _, shapes = _abstract(module, config, dtype)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
-    )
-    params = _restore(workdir / "checkpoints", abstract, describe(section["type"], config))
-    if (workdir / "latent.json").exists():
-        measured = json.loads((workdir / "latent.json").read_text())
-        config = replace(config, **{name: tuple(measured[name]) for name in LATENT_FIELDS})
+    params = load_weights(section, kinds, where, dtype=dtype, mesh=mesh, param_dtype=param_dtype or dtype)
+    measured = Path(section["from_pretrained"]) / "latent.json"
+    if measured.is_file():
+        found = read_json(measured)
+        config = replace(config, **{name: tuple(found[name]) for name in LATENT_FIELDS})
     return nnx.merge(_abstract(module, config, dtype)[0], params)
 
 
-def _abstract(module: type, config: Any, dtype: DTypeLike) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
+def load_weights(
+    section: Section, kinds: Kinds, where: str, *, dtype: DTypeLike, mesh: Mesh, param_dtype: DTypeLike | None
+) -> nnx.State:
+    """Returns the parameters of a section, read from where it says straight to the mesh's devices.
+
+    They come in `param_dtype`, or as they are stored where it is None.
+
+    Raises: UserError when there are no weights, or those of another network.
+    """
+    module, config = parse_model(section, kinds, where)
+    source = parse_source(section, where)
+    path = _existing(source.from_pretrained, where)
+    _, shapes = _abstract(module, config, dtype)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, param_dtype or x.dtype, sharding=s),
+        shapes,
+        param_shardings(shapes, mesh),
+    )
+    if is_workdir(path) and source == Source(source.from_pretrained) and param_dtype is not None:
+        stored = Stored(path)
+        check_same(describe(section["type"], config), stored.meta, str(path))
+        return stored.read(abstract)
+    checkpoint = open_source(section, config, where)
+    if param_dtype is None:
+        abstract = with_stored_dtypes(section["type"], checkpoint, abstract)
+    initial = None if source.strict_load else partial(_initial, module, config, abstract)
+    return load_params(section["type"], checkpoint, abstract, initial=initial)
+
+
+def initial_weights(section: Section, kinds: Kinds, where: str, *, mesh: Mesh) -> Callable[[], nnx.State] | None:
+    """Returns what reads the weights that training starts from, in float32; None when the section names none.
+
+    Raises: UserError when they are not there.
+    """
+    source = parse_source(section, where)
+    if source.from_pretrained is None:
+        return None
+    _existing(source.from_pretrained, where)
+    return partial(load_weights, section, kinds, where, dtype=jnp.float32, mesh=mesh, param_dtype=jnp.float32)
+
+
+def open_source(section: Section, config: Any, where: str) -> Mapping[str, Any]:
+    """Returns published key -> tensor of the weights that a section names, renamed and laid out as it says.
+
+    Raises: UserError for weights that are not there or cannot be read.
+    """
+    source = parse_source(section, where)
+    return _converted(open_weights(_existing(source.from_pretrained, where), part=source.part), source, config, where)
+
+
+def open_weights(path: Path, *, part: str | None = None) -> Mapping[str, Any]:
+    """Returns published key -> tensor of a file of weights, or of the newest checkpoint of one of our workdirs.
+
+    Raises: UserError for a path that holds neither.
+    """
+    if not is_workdir(path):
+        return open_checkpoint(path, part=part)
+    stored = Stored(path)
+    return published_tensors(stored.meta["type"], stored.arrays())
 
 
 def fingerprint(model: nnx.Module) -> str:
@@ -102,38 +182,44 @@ def fingerprint(model: nnx.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _restore(folder: Path, abstract: nnx.State, expected: dict[str, Any]) -> nnx.State:
-    with ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(create=False)) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{folder} holds no finished checkpoint: let the training run save one first")
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        check_same(json.loads(json.dumps(expected)), meta, f"{folder}/{step}")
-        part = "ema" if meta["ema"] else "params"
-        restore_args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), abstract)
-        item = ocp.args.PyTreeRestore({part: abstract}, restore_args={part: restore_args}, partial_restore=True)
-        return manager.restore(step, args=ocp.args.Composite(state=item))["state"][part]
-
-
-def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    """Raises: UserError naming the first fields in which a checkpoint differs from what is asked for."""
-    there = flatten(found)
-    different = [
-        f"{name} is {there.get(name)!r} there and {value!r} in the config"
-        for name, value in flatten(expected).items()
-        if there.get(name) != value
-    ]
-    if different:
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+def _existing(given: str | None, where: str) -> Path:
+    if given is None or not Path(given).exists():
         raise UserError(
-            f"the checkpoint {where} does not fit the config: {'; '.join(different[:3])}{more}; "
-            "use the config it was made with, or another workdir"
+            f"{where}.from_pretrained takes the workdir of a training run, or a file or folder of weights: got "
+            f"{given!r}, which does not exist; train one, give another with --{where}.from_pretrained=..., or fetch "
+            "the published weights: python -m opensora_jax.convert download"
         )
+    return Path(given)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the leaves of nested dicts under dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+def _converted(checkpoint: Mapping[str, Any], source: Source, config: Any, where: str) -> Mapping[str, Any]:
+    """Returns the checkpoint with its keys renamed and in the model's layout."""
+    checkpoint = rename_keys(checkpoint, source.rename_keys)
+    if source.layout == "same":
+        return checkpoint
+    if not isinstance(config, MMDiTConfig):
+        raise UserError(f"{where}.layout is for the mmdit alone: got {source.layout!r}; use 'same'")
+    wanted = (config.fused_qkv, config.use_liger_rope)
+    convert, fits = {"flux": (to_split, (False, True)), "opensora": (to_fused, (True, False))}[source.layout]
+    if wanted != fits:
+        raise UserError(
+            f"{where}.layout={source.layout!r} turns weights into those of a model with fused_qkv={fits[0]} and "
+            f"use_liger_rope={fits[1]}: this one has {wanted[0]} and {wanted[1]}; use 'same', or change the model"
+        )
+    return convert(checkpoint, config.num_heads)
+
+
+def _initial(module: type, config: Any, abstract: nnx.State, paths: set[Any]) -> dict[Any, jax.Array]:
+    """Returns fresh values of the parameters at `paths`; no others are made."""
+    wanted = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(abstract) if path in paths}
+
+    def init() -> list[jax.Array]:
+        made = dict(nnx.to_flat_state(nnx.state(module(config, rngs=nnx.Rngs(0)), nnx.Param)))
+        return [made[path].get_value().astype(leaf.dtype) for path, leaf in wanted.items()]
+
+    values = jax.jit(init, out_shardings=[leaf.sharding for leaf in wanted.values()])()
+    return dict(zip(wanted, values, strict=True))
+
+
+def _abstract(module: type, config: Any, dtype: DTypeLike) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))

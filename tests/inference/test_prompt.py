@@ -11,6 +11,7 @@ from opensora_jax.config.errors import UserError
 from opensora_jax.inference import local_encoders
 from opensora_jax.inference.local_encoders import write_local_encoders
 from opensora_jax.inference.prompt import TextEncoderConfig, TextEncoders, load_encoder
+from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights.files import open_checkpoint
 
 LENGTH = 13
@@ -164,3 +165,11 @@ def test_weights_carry_the_published_names(folder):
     assert "text_model.encoder.layers.1.self_attn.q_proj.weight" in open_checkpoint(folder / "clip")
     assert "encoder.block.1.layer.1.DenseReluDense.wi_0.weight" in open_checkpoint(folder / "t5")
     assert json.loads((folder / "clip" / "config.json").read_text())["vocab_size"] > 256
+
+
+def test_texts_encode_the_same_on_a_mesh(folder, encoders):
+    t5, clip = (TextEncoderConfig(str(folder / kind), LENGTH) for kind in ("t5", "clip"))
+    split = TextEncoders.load(t5, clip, jnp.float32, make_mesh(MeshConfig(2, 2, 2)))
+    assert not split.t5.params["shared"]["table"].get_value().is_fully_replicated
+    for ours, expected in zip(split.encode(CAPTIONS[:2]), encoders.encode(CAPTIONS[:2]), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4)

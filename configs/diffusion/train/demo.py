@@ -8,6 +8,7 @@ Hardware: 2 CPU cores, 4 minutes. Expected: held-out prompts get the right colou
 """
 
 from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import placeholder
 
 from configs.vae.train import demo as vae
 
@@ -24,6 +25,10 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "model": {
                 "type": "mmdit",
+                "from_pretrained": placeholder(str),  # weights to start from: a workdir or a published file; None: random
+                "rename_keys": {},
+                "strict_load": True,
+                "layout": "same",
                 "in_channels": 32,  # 8 latent channels x 2 x 2
                 "vec_in_dim": 64,
                 "context_in_dim": 64,

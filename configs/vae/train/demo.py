@@ -7,6 +7,7 @@ Hardware: 2 CPU cores, 4 minutes. Expected: about 27 dB PSNR on held-out clips (
 """
 
 from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -19,6 +20,9 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "model": {
                 "type": "hunyuan_vae",
+                "from_pretrained": placeholder(str),  # weights to start from: a workdir or a published file; None: random
+                "rename_keys": {},
+                "strict_load": True,
                 "in_channels": 3,
                 "out_channels": 3,
                 "latent_channels": 8,

@@ -1,0 +1,170 @@
+"""Our own checkpoints: the Orbax steps of a workdir, whole onto a mesh or tensor by tensor.
+
+`checkpoints/<step>` holds a state (`params`, and `ema` where a run kept an average) and metadata that names the
+network. A training run writes them step by step; `write` makes a workdir of weights that came from elsewhere.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from opensora_jax.config.errors import UserError
+from opensora_jax.config.files import write_json
+
+FOLDER = "checkpoints"
+
+
+def is_workdir(path: Path) -> bool:
+    """Says whether a folder is a workdir with checkpoints."""
+    return (path / FOLDER).is_dir()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The newest checkpoint of a workdir. Raises: UserError when it holds none."""
+
+    workdir: Path
+
+    @cached_property
+    def has_step(self) -> bool:
+        """Whether any step is finished."""
+        with self._manager() as manager:
+            return manager.latest_step() is not None
+
+    @cached_property
+    def step(self) -> int:
+        """The newest finished step."""
+        with self._manager() as manager:
+            step = manager.latest_step()
+        if step is None:
+            raise UserError(
+                f"{self.workdir / FOLDER} holds no finished checkpoint: let the training run save one first"
+            )
+        return step
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """What the checkpoint says of its network and of itself."""
+        with self._manager() as manager:
+            return manager.restore(self.step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    @property
+    def part(self) -> str:
+        """The weights to use: the moving average where there is one."""
+        return "ema" if self.meta["ema"] else "params"
+
+    def read(self, abstract: Any) -> Any:
+        """Returns the parameters in the tree `abstract`, in its dtypes and shardings."""
+        placed = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), abstract)
+        return self._restore(abstract, placed)
+
+    def read_array(self, array: "StoredArray") -> np.ndarray:
+        """Returns one parameter in the memory of this host."""
+        abstract: Any = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        for key in reversed(array.path):
+            abstract = {key: abstract}
+        restored = self._restore(abstract, jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract))
+        return jax.tree.leaves(restored)[0]
+
+    def arrays(self) -> list[tuple[tuple[str, ...], "StoredArray"]]:
+        """Returns (path in the module, array) of every parameter; each is read when it is asked for."""
+        with self._manager() as manager:
+            tree = manager.item_metadata(self.step)["state"].tree[self.part]
+        found = []
+        for keys, leaf in jax.tree.leaves_with_path(tree):
+            path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+            found.append((path[:-1], StoredArray(self, path, tuple(leaf.shape), np.dtype(leaf.dtype))))
+        return found
+
+    def _restore(self, abstract: Any, restore_args: Any) -> Any:
+        part = {self.part: abstract}
+        args = ocp.args.PyTreeRestore(part, restore_args={self.part: restore_args}, partial_restore=True)
+        with self._manager() as manager:
+            return manager.restore(self.step, args=ocp.args.Composite(state=args))["state"][self.part]
+
+    def _manager(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            (self.workdir / FOLDER).absolute(),
+            options=ocp.CheckpointManagerOptions(create=False),
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class StoredArray:
+    """A parameter in a checkpoint, in the dtype that it was stored in; `path` leads to its value."""
+
+    stored: Stored
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return _read(self)[index]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(_read(self), dtype)
+
+
+@lru_cache(maxsize=1)  # the layers of a stack are asked for one after the other
+def _read(array: StoredArray) -> np.ndarray:
+    return array.stored.read_array(array)
+
+
+def check_new(workdir: Path) -> None:
+    """Raises: UserError when a folder has checkpoints already, or is a file."""
+    if is_workdir(workdir) and Stored(workdir).has_step:
+        raise UserError(f"{workdir} has checkpoints already; give a new folder, or remove {workdir / FOLDER}.")
+    if workdir.is_file():
+        raise UserError(f"{workdir} is a file; give a folder for the checkpoint.")
+
+
+def write(workdir: Path, params: nnx.State, meta: dict[str, Any]) -> None:
+    """Makes a workdir whose only checkpoint holds `params`; the checkpoint appears complete or not at all.
+
+    Arrays are written one by one as they are: compressed, or all at once, they would need their memory again.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    largest = max(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=(1.01 * largest + 1) / 1e9, use_compression=False)
+    items = ocp.args.Composite(
+        state=ocp.args.PyTreeSave({"params": params}), meta=ocp.args.JsonSave(meta | {"ema": False})
+    )
+    with ocp.CheckpointManager(
+        (workdir / FOLDER).absolute(),
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        item_handlers={"state": handler, "meta": ocp.JsonCheckpointHandler()},
+    ) as manager:
+        manager.save(0, args=items)
+    write_json(workdir / "import.json", meta)
+
+
+def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:
+    """Raises: UserError naming the first fields in which a checkpoint differs from what is asked for."""
+    there = flatten(found)
+    different = [
+        f"{name} is {there.get(name)!r} there and {value!r} in the config"
+        for name, value in flatten(json.loads(json.dumps(expected))).items()
+        if there.get(name) != value
+    ]
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise UserError(
+            f"the checkpoint {where} does not fit the config: {'; '.join(different[:3])}{more}; "
+            "use the config it was made with, or another workdir"
+        )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested dicts under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
