@@ -7,13 +7,12 @@ and weights, are kept.
 """
 
 import secrets
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import ConfigDict
 
 from opensora_jax.config.build import build
 from opensora_jax.config.command import run
@@ -23,13 +22,16 @@ from opensora_jax.config.flag import config_flag
 from opensora_jax.data.text import add_fps, add_motion_score
 from opensora_jax.inference import outputs, prompt_list
 from opensora_jax.inference.contact_sheet import write_contact_sheet
-from opensora_jax.inference.pipeline import Pipeline
-from opensora_jax.inference.prompt import TextEncoderConfig, TextEncoders
-from opensora_jax.inference.request import Request, SamplingOption, check_condition, slug
+from opensora_jax.inference.pipeline import TextEncoder, check_batch_sizes
+from opensora_jax.inference.prompt import TextEncoderConfig, TextEncoders, read_shape
+from opensora_jax.inference.references import check_references
+from opensora_jax.inference.request import Request, SamplingOption, slug
+from opensora_jax.inference.stage import Network, Stage, image_option
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
-from opensora_jax.weights.pretrained import AUTOENCODERS, DENOISERS, load, parse_dtype
+from opensora_jax.weights.pretrained import parse_dtype
 
 SHEET_VIDEOS = 48  # more do not fit a picture that one can look at
+MOTION_SCORES = range(1, 16)  # what the original asks for
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,47 @@ class SampleConfig:
     motion_score: str | None
     fps_save: float
     mesh: MeshConfig
-    model: Any  # type, from_pretrained and the fields of that type
-    ae: Any
+    model: dict[str, Any]  # type, where its weights are, and the fields of that type
+    ae: dict[str, Any]
     t5: TextEncoderConfig
     clip: TextEncoderConfig
+    use_t2i2v: bool  # first an image of each prompt, by img_flux, then a video that begins with it
+    img_flux: dict[str, Any] | None
+    img_flux_ae: dict[str, Any] | None
+    img_resolution: str | None
+
+    def __post_init__(self):
+        """Check what no other section knows."""
+        score, scores = self.motion_score, [str(score) for score in MOTION_SCORES]
+        if score is not None and score not in scores:
+            raise ValueError(f"motion_score is a whole number from {scores[0]} to {scores[-1]}, or None: got {score!r}")
+        if self.num_sample < 1 or self.fps_save <= 0:
+            raise ValueError(
+                f"num_sample is at least 1 and fps_save above 0: got {self.num_sample} and {self.fps_save}"
+            )
+        if self.use_t2i2v and None in (self.img_flux, self.img_flux_ae, self.img_resolution):
+            raise ValueError(
+                "use_t2i2v needs img_flux, img_flux_ae and img_resolution: start from "
+                "configs/diffusion/inference/t2i2v_256px.py"
+            )
+        if self.use_t2i2v and self.cond_type != "i2v_head":
+            raise ValueError(f"use_t2i2v makes the first frame: cond_type is i2v_head then: got {self.cond_type!r}")
+
+    @property
+    def video_stage(self) -> Stage:
+        """Returns what makes the videos."""
+        return Stage(Network("model", self.model), Network("ae", self.ae), self.sampling_option, self.cond_type)
+
+    @property
+    def image_stage(self) -> Stage | None:
+        """Returns what makes the images that videos begin with, where they do."""
+        if not self.use_t2i2v:
+            return None
+        assert self.img_flux is not None
+        assert self.img_flux_ae is not None
+        assert self.img_resolution is not None
+        networks = Network("img_flux", self.img_flux), Network("img_flux_ae", self.img_flux_ae)
+        return Stage(*networks, image_option(self.sampling_option, self.img_resolution), "t2v")
 
 
 @dataclass(frozen=True)
@@ -77,94 +116,111 @@ class Job:
 def main(argv: list[str]) -> Path:
     """Samples what is missing and returns the folder with everything."""
     config = build(SampleConfig, flags.FLAGS.config, "config")
-    requests = list(make_requests(config, read_prompts(config)))
-    check_condition(config.sampling_option, config.cond_type, [request for request, _, _ in requests])
+    given = flags.FLAGS
+    prompts = prompt_list.from_source(given.prompt, given.prompts, config.dataset.data_path, given.ref)
+    requests = make_requests(config, prompt_list.select(prompts, config.start_index, config.num_samples))
+    check(config, [request for request, _, _ in requests])
     settings = make_settings(config)
     jobs = [Job(r, stem, text, outputs.request_key(r, settings)) for r, stem, text in requests]
     folder = config.save_dir
     folder.mkdir(parents=True, exist_ok=True)
-    found = {job: record for job in jobs if (record := outputs.find(folder, job.stem, job.key))}
-    todo = [job for job in jobs if job not in found]
-    if len(todo) < len(jobs):
-        logging.info("%d of %d videos are in %s already and are kept", len(jobs) - len(todo), len(jobs), folder)
+    records, todo = find(folder, jobs, "videos")
     if todo:
-        found |= sample(config, todo)
-    records = [found[job] for job in jobs]
-    write_json(folder / "samples.json", {"settings": settings, "samples": records})
-    shown = records[:SHEET_VIDEOS]
+        records |= sample(config, todo)
+    samples = [records[job.stem] for job in jobs]
+    write_json(folder / "samples.json", {"settings": settings, "samples": samples})
+    shown = samples[:SHEET_VIDEOS]
     videos = [outputs.read(folder / record["file"]) for record in shown]
     write_contact_sheet(folder / "contact_sheet.png", videos, [record["prompt"] for record in shown])
     print(f"{folder}: {len(todo)} new videos, {len(jobs) - len(todo)} kept, contact_sheet.png, samples.json")
     return folder
 
 
-def read_prompts(config: SampleConfig) -> list[prompt_list.Prompt]:
-    """Returns the selected prompts of the one source that is given. Raises: UserError for none or several."""
-    strings, file, table = flags.FLAGS.prompt, flags.FLAGS.prompts, config.dataset.data_path
-    if strings and file:
-        raise UserError("Both --prompt and --prompts are given. Use one of them.")
-    if flags.FLAGS.ref and not strings:
-        raise UserError("--ref goes with --prompt. In a table, give references in its column 'ref'.")
-    if strings:
-        prompts = prompt_list.from_strings(strings, flags.FLAGS.ref)
-    elif file:
-        prompts = prompt_list.from_file(Path(file))
-    elif table:
-        prompts = prompt_list.from_table(Path(table))
-    else:
-        prompts = []
-    if not prompts:
-        raise UserError('There is no prompt. Give --prompt="..." (repeatable), --prompts=FILE or dataset.data_path.')
-    return prompt_list.select(prompts, config.start_index, config.num_samples)
-
-
-def make_requests(config: SampleConfig, prompts: list[prompt_list.Prompt]) -> Iterator[tuple[Request, str, str]]:
-    """Yields (request, file stem, prompt as written) of every video; a missing seed is drawn once a run."""
+def make_requests(config: SampleConfig, prompts: list[prompt_list.Prompt]) -> list[tuple[Request, str, str]]:
+    """Returns (request, file stem, prompt as written) of every video; a missing seed is drawn once a run."""
     first = config.sampling_option.seed
     first = secrets.randbelow(2**31) if first is None else first
+    requests = []
     for prompt in prompts:
+        text = add_fps(prompt.text, f"{config.fps_save:g}") if config.add_fps_to_text else prompt.text
+        text = text if config.motion_score is None else add_motion_score(text, config.motion_score)
         for n in range(config.num_sample):
-            text = prompt.text if not config.add_fps_to_text else add_fps(prompt.text, config.fps_save)
-            if config.motion_score is not None:
-                text = add_motion_score(text, config.motion_score)
             request = Request(text, prompt.index, first + n, prompt.references, prompt.negative)
-            yield request, f"{prompt.index:04d}_{slug(prompt.text)}" + (f"_{n}" if n else ""), prompt.text
+            stem = f"{prompt.index:04d}_{slug(prompt.text)}" + (f"_{n}" if n else "")
+            requests.append((request, stem, prompt.text))
+    return requests
+
+
+def check(config: SampleConfig, requests: Sequence[Request]) -> None:
+    """Raises: UserError for what the models, the mesh or the references do not fit; no weights are read for it."""
+    parse_dtype(config.dtype)
+    check_batch_sizes(make_mesh(config.mesh), config.batch_size, config.decode_batch_size)
+    autoencoder = config.video_stage.check()
+    if config.image_stage is None:
+        check_references(requests, config.cond_type, autoencoder)
+    else:
+        config.image_stage.check()
+        if any(request.references for request in requests):
+            raise UserError("use_t2i2v makes the first frame: leave out --ref, or set --config.use_t2i2v=False.")
+    for stage in filter(None, (config.video_stage, config.image_stage)):
+        stage.check_weights()
+        stage.check_text(read_shape("t5", config.t5).width, read_shape("clip", config.clip).width)
 
 
 def make_settings(config: SampleConfig) -> dict[str, Any]:
     """Returns what a video depends on besides its request: options, models, identity of the weights."""
-    sections = {"model": config.model, "ae": config.ae, "t5": asdict(config.t5), "clip": asdict(config.clip)}
-    return {
-        "cond_type": config.cond_type,
-        "sampling_option": asdict(config.sampling_option) | {"seed": None},  # each request has its own
-        "dtype": config.dtype,
-        "fps_save": config.fps_save,
-        "sections": sections,
-        "weights": {n: outputs.weights_identity(s["from_pretrained"]) for n, s in sections.items()},
-    }
+    texts = {"t5": asdict(config.t5), "clip": asdict(config.clip)}
+    settings = config.video_stage.settings(**texts) | {"dtype": config.dtype, "fps_save": config.fps_save}
+    if config.image_stage is not None:
+        settings["image"] = config.image_stage.settings(**texts) | {"dtype": config.dtype}
+    return settings
 
 
-def sample(config: SampleConfig, jobs: list[Job]) -> dict[Job, dict]:
-    """Loads the models, writes the videos of `jobs` and returns their records."""
-    pipeline = load_pipeline(config)
+def find(folder: Path, jobs: list[Job], what: str) -> tuple[dict[str, dict], list[Job]]:
+    """Returns the records of the jobs that are done, by stem, and the other jobs."""
+    records = {job.stem: record for job in jobs if (record := outputs.find(folder, job.stem, job.key))}
+    todo = [job for job in jobs if job.stem not in records]
+    if records:
+        logging.info("%d of %d %s are in %s already and are kept", len(records), len(jobs), what, folder)
+    return records, todo
+
+
+def sample(config: SampleConfig, jobs: list[Job]) -> dict[str, dict]:
+    """Writes the videos of `jobs`, after the images they begin with, and returns their records by stem."""
+    texts = TextEncoders.load(config.t5, config.clip, parse_dtype(config.dtype), make_mesh(config.mesh))
+    if config.image_stage is not None:
+        jobs = with_images(config, config.image_stage, jobs, texts.encode)
+    return write(config, config.video_stage, jobs, texts.encode)
+
+
+def with_images(config: SampleConfig, stage: Stage, jobs: list[Job], encode_text: TextEncoder) -> list[Job]:
+    """Returns the jobs with images of their prompts as references, made now where they are not there yet."""
+    settings = make_settings(config)["image"]
+    images = []
+    for job in jobs:
+        request = Request(job.prompt, job.request.index, job.request.seed)
+        images.append(Job(request, f"{job.stem}_image", job.prompt, outputs.request_key(request, settings)))
+    records, todo = find(config.save_dir, images, "images")
+    if todo:
+        records |= write(config, stage, todo, encode_text)
+    paths = [config.save_dir / records[image.stem]["file"] for image in images]
+    return [
+        replace(job, request=replace(job.request, references=(path,))) for job, path in zip(jobs, paths, strict=True)
+    ]
+
+
+def write(config: SampleConfig, stage: Stage, jobs: list[Job], encode_text: TextEncoder) -> dict[str, dict]:
+    """Writes what a stage makes of `jobs` and returns the records by stem; its networks leave memory again."""
+    sizes = (config.batch_size, config.decode_batch_size)
+    pipeline = stage.load(encode_text, make_mesh(config.mesh), parse_dtype(config.dtype), sizes)
     by_request = {job.request: job for job in jobs}
     records = {}
-    for request, frames in pipeline(list(by_request), config.sampling_option, config.cond_type):
+    for request, frames in pipeline(list(by_request), stage.option, stage.cond_type):
         job = by_request[request]
         record = {"prompt": job.prompt, "text": request.prompt, "index": request.index, "seed": request.seed}
         record = outputs.save(config.save_dir, job.stem, frames, config.fps_save, record | {"key": job.key})
-        records[job] = record
+        records[job.stem] = record
     return records
-
-
-def load_pipeline(config: SampleConfig) -> Pipeline:
-    """Returns the pipeline, models loaded onto the mesh. Raises: UserError for weights that do not fit."""
-    dtype, mesh = parse_dtype(config.dtype), make_mesh(config.mesh)
-    denoiser = load(ConfigDict(config.model), DENOISERS, "config.model", dtype=dtype, mesh=mesh)
-    autoencoder = load(ConfigDict(config.ae), AUTOENCODERS, "config.ae", dtype=dtype, mesh=mesh)
-    text = TextEncoders.load(config.t5, config.clip, dtype)
-    sizes = (config.batch_size, config.decode_batch_size)
-    return Pipeline(denoiser, autoencoder, text.encode, mesh, *sizes)
 
 
 def define_flags() -> None:

@@ -196,6 +196,33 @@ def test_a_second_run_reuses_what_is_there(world, command, tmp_path):
     assert {Path(name).name for name in changed if "tensorboard" not in name} <= lists
 
 
+T2I2V = """
+from configs.diffusion.inference import demo
+
+def get_config():
+    config = demo.get_config()
+    config.use_t2i2v, config.cond_type, config.img_resolution = True, "i2v_head", "48px"
+    config.sampling_option.guidance_img = 2.0
+    config.img_flux, config.img_flux_ae = config.model.to_dict(), config.ae.to_dict()
+    return config
+"""
+
+
+def test_a_video_begins_with_an_image_that_a_second_run_keeps(world, command, tmp_path):
+    (tmp_path / "t2i2v.py").write_text(T2I2V)
+    flags = [f"--config={tmp_path}/t2i2v.py", *sample_flags(world, f"--config.save_dir={tmp_path}/out", PROMPT)[1:]]
+    flags += setting("img_flux", *DENOISER, f"from_pretrained={world}/diffusion")
+    flags += setting("img_flux_ae", *AUTOENCODER, f"from_pretrained={world}/vae")
+    log = command("sample", *flags).stderr
+    assert "2 forward passes for 2 steps of t2v" in log  # distilled: one a step
+    assert "6 forward passes for 2 steps of i2v_head" in log
+    assert video.probe(tmp_path / "out" / "0000_a-red-circle_image.png").height == 48
+    assert video.probe(tmp_path / "out" / "0000_a-red-circle.mp4").num_frames == 9
+    log = command("sample", *flags, "--config.fps_save=4").stderr
+    assert "1 of 1 images are in" in log
+    assert "of t2v" not in log
+
+
 def kill_at(step: int, name: str, workdir: Path, *arguments: str) -> None:
     """Starts a command and kills it as soon as it has logged `step`."""
     line = [sys.executable, "-m", f"opensora_jax.{name}", *arguments]
@@ -267,6 +294,8 @@ NO_DATA = ("dataset", "meta", "--output={mess}/out/meta.parquet")
 VAE, ENCODE, TRAIN, SAMPLE = ("train_vae",), ("dataset", "encode"), ("train",), ("sample",)
 FLAGS = {VAE: vae_flags, ENCODE: train_flags, TRAIN: train_flags, SAMPLE: sample_flags}
 PROMPT = "--prompt=a red circle"
+IMAGE = ("--config.cond_type=i2v_head", "--config.sampling_option.guidance_img=2.0")
+CLIP = ("--config.cond_type=v2v_head", *IMAGE[1:], "--config.sampling_option.num_frames=37")
 
 
 @pytest.mark.parametrize(
@@ -295,7 +324,20 @@ PROMPT = "--prompt=a red circle"
         (TRAIN, ["--config.loop.num_steps=2"], "past num_steps=2"),
         (TRAIN, ["--config.mesh.tensor=3"], "mesh axes must multiply to the 1 devices"),
         (SAMPLE, ["--config.model.mlp_ratio=2.0", PROMPT], "model.mlp_ratio is 4.0 there and 2.0 in the config"),
-        (SAMPLE, ["--config.sampling_option.num_frames=8", PROMPT], "num_frames"),
+        (SAMPLE, ["--config.sampling_option.num_frames=8", PROMPT], "1 + 4 n frames: got 8: use 5 or 9"),
+        (
+            SAMPLE,
+            ["--config.cond_type=v2v_heads", PROMPT],
+            "'v2v_heads'. Use one of these, the nearest first: v2v_head",
+        ),
+        (SAMPLE, [*IMAGE, PROMPT], "cond_type i2v_head needs a reference"),
+        (SAMPLE, [*IMAGE, PROMPT, "--ref={mess}/a.png"], "The reference {mess}/a.png of 'a red circle' does not exist"),
+        (SAMPLE, [*CLIP, PROMPT, "--ref={mess}/short/a.mp4"], "short/a.mp4 has 5 frames, v2v_head needs 33"),
+        (SAMPLE, [PROMPT, "--ref={mess}/short/a.mp4"], "cond_type t2v looks at no reference"),
+        (SAMPLE, ["--prompts={mess}/blank.txt", "--ref={mess}/short/a.mp4"], "--ref goes with --prompt"),
+        (SAMPLE, ["--config.motion_score=dynamic", PROMPT], "motion_score is a whole number from 1 to 15"),
+        (SAMPLE, ["--config.use_t2i2v=True", PROMPT], "use_t2i2v needs img_flux"),
+        (SAMPLE, ["--config.ae.from_pretrained={mess}/nowhere", PROMPT], "no file or folder '{mess}/nowhere'"),
         (SAMPLE, ["--prompts={mess}/blank.txt"], "The prompt list {mess}/blank.txt is empty"),
         (SAMPLE, ["--prompts={mess}/nowhere.txt"], "The prompt list {mess}/nowhere.txt does not exist"),
         (SAMPLE, ["--prompts={mess}/latin.txt"], "{mess}/latin.txt is not UTF-8 text"),

@@ -50,12 +50,7 @@ class Pipeline:
 
     def __post_init__(self):
         """Check that the batch can be split over the mesh."""
-        shards = data_shards(self.mesh)
-        if self.batch_size < 1 or self.decode_batch_size < 1 or self.batch_size % shards:
-            raise UserError(
-                f"batch_size and decode_batch_size are at least 1, batch_size a multiple of the {shards} "
-                f"data shards: got {self.batch_size} and {self.decode_batch_size}."
-            )
+        check_batch_sizes(self.mesh, self.batch_size, self.decode_batch_size)
 
     def __call__(
         self, requests: Sequence[Request], option: SamplingOption, cond_type: str
@@ -118,16 +113,13 @@ class Pipeline:
         return branch_prompts(*(Prompt(*self.encode_text(text)) for text in texts))
 
     def _references(self, batch: Sequence[Request], option: SamplingOption, cond_type: str) -> list[list[Array]]:
-        """Returns the reference latents of a batch, which are posterior modes."""
+        """Returns the reference latents of each request, which are posterior modes; the batch is encoded as one."""
         size = image_size(option, self.denoiser.config.patch_size * max(self.autoencoder.strides[1:]))
+        read = {request: read_references(request, cond_type, size, self.autoencoder) for request in set(batch)}
         graph, params = nnx.split(self.autoencoder)
-        return [
-            [
-                _encode(graph, params, jnp.asarray(clip[None]))[0]
-                for clip in read_references(request, cond_type, size, self.autoencoder)
-            ]
-            for request in batch
-        ]
+        places = [np.stack(clips) for clips in zip(*(read[request] for request in batch), strict=True)]
+        latents = [_encode(graph, params, self._spread(clips)) for clips in places]
+        return [[place[i] for place in latents] for i in range(len(batch))]
 
     def _decode(self, latents: Array, num_frames: int, cond_type: str) -> Iterator[Video]:
         graph, params = nnx.split(self.autoencoder)
@@ -137,6 +129,16 @@ class Pipeline:
             padded = jnp.concatenate([chunk, jnp.repeat(chunk[-1:], size - len(chunk), axis=0)])
             for video in np.asarray(_decode_uint8(graph, params, padded))[: len(chunk)]:
                 yield trim(video, num_frames, cond_type, self.autoencoder)
+
+
+def check_batch_sizes(mesh: Mesh, batch_size: int, decode_batch_size: int) -> None:
+    """Raises: UserError for sizes below 1, and for a batch that the mesh cannot split."""
+    shards = data_shards(mesh)
+    if batch_size < 1 or decode_batch_size < 1 or batch_size % shards:
+        raise UserError(
+            f"batch_size and decode_batch_size are at least 1, batch_size a multiple of the {shards} "
+            f"data shards: got {batch_size} and {decode_batch_size}."
+        )
 
 
 def draw_noise(requests: Sequence[Request], shape: tuple[int, ...], channels: int) -> Float[Array, "B T H W C"]:

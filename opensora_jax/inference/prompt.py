@@ -103,23 +103,33 @@ def load_encoder(kind: str, config: TextEncoderConfig, dtype: DTypeLike, mesh: M
 
     Raises: UserError for a folder that is missing or incomplete, or a `max_length` beyond CLIP's positions.
     """
-    folder = Path(config.from_pretrained)
-    if not folder.is_dir():
-        raise UserError(
-            f"{kind}.from_pretrained: there is no folder {folder}; download {PUBLISHED[kind]} into it, "
-            "or make small encoders with `python -m opensora_jax.dataset text`."
-        )
-    config_class, module = TEXT_ENCODERS[kind]
-    shape: T5Config | CLIPTextConfig = read_config(folder, config_class)
-    if isinstance(shape, CLIPTextConfig) and config.max_length > shape.max_position_embeddings:
-        longest = shape.max_position_embeddings
-        raise UserError(f"clip.max_length is at most {longest} for {folder}: got {config.max_length}; use {longest}.")
+    shape, folder = read_shape(kind, config), Path(config.from_pretrained)
+    _, module = TEXT_ENCODERS[kind]
     abstract = nnx.eval_shape(lambda: module(shape, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(abstract)
     shardings = param_shardings(params, mesh or make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1]))
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), params, shardings)
     params = load_params(kind, open_checkpoint(folder), params)
     return TextEncoder(config, _load_tokenizer(folder), params, _forward(kind, graphdef))
+
+
+def read_shape(kind: str, config: TextEncoderConfig) -> T5Config | CLIPTextConfig:
+    """Returns the network of the "t5" or "clip" encoder in a folder, from its `config.json` alone.
+
+    Raises: UserError, see `load_encoder`.
+    """
+    folder = Path(config.from_pretrained)
+    if not folder.is_dir():
+        raise UserError(
+            f"{kind}.from_pretrained: there is no folder {folder}; download {PUBLISHED[kind]} into it, "
+            "or make small encoders with `python -m opensora_jax.dataset text`."
+        )
+    config_class, _ = TEXT_ENCODERS[kind]
+    shape: T5Config | CLIPTextConfig = read_config(folder, config_class)
+    if isinstance(shape, CLIPTextConfig) and config.max_length > shape.max_position_embeddings:
+        longest = shape.max_position_embeddings
+        raise UserError(f"clip.max_length is at most {longest} for {folder}: got {config.max_length}; use {longest}.")
+    return shape
 
 
 def _forward(kind: str, graphdef: nnx.GraphDef) -> Callable[[nnx.State, Array], Array]:

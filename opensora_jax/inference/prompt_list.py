@@ -20,6 +20,27 @@ class Prompt:
     negative: str = ""
 
 
+def from_source(texts: list[str], file: str | None, table: str | None, reference: str | None) -> list[Prompt]:
+    """Returns the prompts of the one source that is given; `texts` and `file` go before `table`.
+
+    Raises: UserError for no source, for two, or for a `reference` without `texts`.
+    """
+    if texts and file:
+        raise UserError("Both --prompt and --prompts are given. Use one of them.")
+    if reference and not texts:
+        raise UserError("--ref goes with --prompt. In a table, give references in its column 'ref'.")
+    prompts: list[Prompt] = []
+    if texts:
+        prompts = from_strings(texts, reference)
+    elif file:
+        prompts = from_file(Path(file))
+    elif table:
+        prompts = from_table(Path(table))
+    if not prompts:
+        raise UserError('There is no prompt. Give --prompt="..." (repeatable), --prompts=FILE or dataset.data_path.')
+    return prompts
+
+
 def from_strings(texts: list[str], reference: str | None) -> list[Prompt]:
     """Returns the prompts of the command line, all with the same references ("head.png;tail.png")."""
     paths = tuple(Path(part) for part in (reference or "").split(";") if part)

@@ -4,8 +4,8 @@ Field names are those of the original's `sampling_option`. Its `temporal_reducti
 missing on purpose: the autoencoder knows them.
 """
 
+import difflib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -58,6 +58,9 @@ class SamplingOption:
             _refuse("resolution goes with aspect_ratio, height with width: half a pair is missing. Give both.")
         if by_name == by_size:
             _refuse("give either resolution with aspect_ratio or height with width, and leave the others None.")
+        if self.resolution is not None and "_" in self.resolution:
+            name, _, suffix = self.resolution.partition("_")
+            _refuse(f"resolution takes no '_{suffix}', as buckets do: got '{self.resolution}'. Use {name}.")
         if min(self.num_frames, self.num_steps) < 1:
             _refuse(f"num_frames and num_steps are at least 1: got {self.num_frames} and {self.num_steps}.")
         if self.method not in METHODS:
@@ -118,31 +121,22 @@ def latent_shape(
     return shape
 
 
-def check_condition(option: SamplingOption, cond_type: str, requests: Sequence[Request]) -> None:
-    """Check requests against the condition.
+def check_condition(option: SamplingOption, cond_type: str) -> None:
+    """Check a condition against the option.
 
-    Raises: UserError for no request, an unknown condition, a missing reference or a missing image scale.
+    Raises: UserError for an unknown condition, one that shows nothing in an image, or a missing image scale.
     """
-    if not requests:
-        raise UserError('There is no prompt. Give --prompt="..." (repeatable), --prompts=FILE or dataset.data_path.')
     if cond_type not in CONDITIONS:
-        raise UserError(f"Unknown cond_type '{cond_type}'. Allowed: {', '.join(CONDITIONS)}.")
+        names = difflib.get_close_matches(cond_type, CONDITIONS, n=len(CONDITIONS), cutoff=0.0)
+        raise UserError(f"Unknown cond_type '{cond_type}'. Use one of these, the nearest first: {', '.join(names)}.")
     if cond_type == "t2v":
         return
-    if option.method == "i2v" and option.guidance_img is None:
-        _refuse(f"cond_type {cond_type} needs guidance_img: got None. Use 3.0, or 1.0 for no image guidance.")
     if option.method == "distill":
         _refuse(f"method distill takes no reference: got cond_type {cond_type}. Use t2v, or method i2v.")
-    for request in requests:
-        if not request.references:
-            raise UserError(
-                f"cond_type {cond_type} needs a reference: '{request.prompt}' has none. Give --ref or a ref column."
-            )
-        for path in request.references:
-            if not path.is_file():
-                raise UserError(
-                    f"The reference {path} of '{request.prompt}' does not exist. Check --ref or the ref column."
-                )
+    if option.guidance_img is None:
+        _refuse(f"cond_type {cond_type} needs guidance_img: got None. Use 3.0, or 1.0 for no image guidance.")
+    if option.num_frames == 1:
+        _refuse(f"an image has no frames to be given: got num_frames 1 with cond_type {cond_type}. Use t2v.")
 
 
 def slug(prompt: str, longest: int = 60) -> str:

@@ -44,6 +44,11 @@ class CLIPTextConfig:
                 f"got {self.hidden_size} and {self.num_attention_heads}."
             )
 
+    @property
+    def width(self) -> int:
+        """Channels of the pooled vector."""
+        return self.hidden_size
+
 
 class CLIPText(nnx.Module):
     """Token ids to the hidden states and to the one at the end of the text."""

@@ -42,6 +42,11 @@ class T5Config:
         if self.feed_forward_proj != "gated-gelu":
             raise ValueError(f"T5 needs feed_forward_proj 'gated-gelu' (v1.1): got {self.feed_forward_proj!r}.")
 
+    @property
+    def width(self) -> int:
+        """Channels of a token embedding."""
+        return self.d_model
+
 
 class T5Encoder(nnx.Module):
     """Token ids to one embedding per token, padding included."""

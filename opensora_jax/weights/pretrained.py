@@ -124,7 +124,7 @@ def load_weights(
     """
     module, config = parse_model(section, kinds, where)
     source = parse_source(section, where)
-    path = _existing(source.from_pretrained, where)
+    path = find_weights(source.from_pretrained, where)
     _, shapes = _abstract(module, config, dtype)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, param_dtype or x.dtype, sharding=s),
@@ -150,7 +150,7 @@ def initial_weights(section: Section, kinds: Kinds, where: str, *, mesh: Mesh) -
     source = parse_source(section, where)
     if source.from_pretrained is None:
         return None
-    _existing(source.from_pretrained, where)
+    find_weights(source.from_pretrained, where)
     return partial(load_weights, section, kinds, where, dtype=jnp.float32, mesh=mesh, param_dtype=jnp.float32)
 
 
@@ -160,7 +160,9 @@ def open_source(section: Section, config: Any, where: str) -> Mapping[str, Any]:
     Raises: UserError for weights that are not there or cannot be read.
     """
     source = parse_source(section, where)
-    return _converted(open_weights(_existing(source.from_pretrained, where), part=source.part), source, config, where)
+    return _converted(
+        open_weights(find_weights(source.from_pretrained, where), part=source.part), source, config, where
+    )
 
 
 def open_weights(path: Path, *, part: str | None = None) -> Mapping[str, Any]:
@@ -174,22 +176,22 @@ def open_weights(path: Path, *, part: str | None = None) -> Mapping[str, Any]:
     return published_tensors(stored.meta["type"], stored.arrays())
 
 
+def find_weights(given: str | None, where: str) -> Path:
+    """Returns the path of a section's weights. Raises: UserError unless there is a file or a folder."""
+    if not given or not Path(given).exists():
+        raise UserError(
+            f"{where}.from_pretrained: there is no file or folder {given!r}; train the model, download it "
+            f"(python -m opensora_jax.convert download), or say where it is with --{where}.from_pretrained=..."
+        )
+    return Path(given)
+
+
 def fingerprint(model: nnx.Module) -> str:
     """Returns a hash of a model's parameters, equal for equal values whatever their sharding."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(nnx.state(model, nnx.Param)):
         digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()[:16]
-
-
-def _existing(given: str | None, where: str) -> Path:
-    if given is None or not Path(given).exists():
-        raise UserError(
-            f"{where}.from_pretrained takes the workdir of a training run, or a file or folder of weights: got "
-            f"{given!r}, which does not exist; train one, give another with --{where}.from_pretrained=..., or fetch "
-            "the published weights: python -m opensora_jax.convert download"
-        )
-    return Path(given)
 
 
 def _converted(checkpoint: Mapping[str, Any], source: Source, config: Any, where: str) -> Mapping[str, Any]:

@@ -125,6 +125,21 @@ def test_the_given_image_is_the_first_frame_of_every_video(tmp_path):
         np.testing.assert_allclose(video[0].astype(int), image[0], atol=2)
 
 
+def test_references_of_a_batch_are_encoded_together_each_in_its_place(tmp_path):
+    images = np.random.default_rng(0).integers(40, 200, (5, 1, 2, 3, 3), np.uint8).repeat(4, 2).repeat(4, 3)
+    for i, image in enumerate(images):
+        outputs.save(tmp_path, f"{i}", image, 8.0, {"key": ""})
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    batch = [replace(REQUESTS[i], references=(paths[i], paths[i - 1])) for i in (0, 3, 4, 4)]
+    pipeline = make_pipeline(4)
+    latents = pipeline._references(batch, OPTION, "i2v_loop")
+    pixels = images.astype(np.float32) / 127.5 - 1
+    for i, (head, tail) in zip((0, 3, 4, 4), latents, strict=True):
+        np.testing.assert_allclose(head, pixels[i, :, ::4, ::4], atol=0.01)
+        np.testing.assert_allclose(tail, pixels[i - 1, :, ::4, ::4], atol=0.01)
+    assert pipeline._references(batch, OPTION, "t2v") == [[], [], [], []]
+
+
 def test_a_reference_that_is_no_image_is_refused(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_text("no image")

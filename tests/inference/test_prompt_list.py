@@ -27,6 +27,25 @@ def test_a_table_gives_texts_references_and_negatives(tmp_path, name):
     assert second == prompt_list.Prompt("a dog", 1, (), "blur")
 
 
+def test_one_source_is_read_and_others_are_not_ignored(tmp_path):
+    file, table = tmp_path / "prompts.txt", tmp_path / "table.csv"
+    file.write_text("from the file\n")
+    table.write_text("text\nfrom the table\n")
+    source = prompt_list.from_source
+    assert [p.text for p in source(["typed"], None, str(table), None)] == ["typed"]
+    assert [p.text for p in source([], str(file), str(table), None)] == ["from the file"]
+    assert [p.text for p in source([], None, str(table), None)] == ["from the table"]
+    assert source(["a", "b"], None, None, "x.png;y.png")[1].references == (Path("x.png"), Path("y.png"))
+    with pytest.raises(UserError, match="Both --prompt and --prompts"):
+        source(["typed"], str(file), None, None)
+    for path in str(file), None:
+        with pytest.raises(UserError, match="--ref goes with --prompt"):
+            source([], path, str(table), "x.png")
+    for nothing in [], [" "]:
+        with pytest.raises(UserError, match="There is no prompt"):
+            source(nothing, None, None, None)
+
+
 def test_a_part_of_the_list_keeps_its_indices():
     prompts = prompt_list.from_strings(list("abcde"), None)
     assert [p.index for p in prompt_list.select(prompts, 2, 2)] == [2, 3]

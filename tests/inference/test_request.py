@@ -1,11 +1,9 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.inference.request import (
-    Request,
     SamplingOption,
     check_condition,
     image_size,
@@ -30,7 +28,6 @@ OPTION = SamplingOption(
     method="i2v",
     seed=0,
 )
-REQUEST = Request("a red circle", index=0, seed=0)
 
 
 class Autoencoder:
@@ -68,6 +65,10 @@ def test_seed_zero_is_a_seed_and_none_is_allowed():
         ({"num_frames": -3}, "at least 1"),
         ({"method": "ddim"}, "'ddim'.*i2v, distill"),
         ({"seed": -1}, "0 .. 2"),
+        (
+            {"resolution": "768px_max", "aspect_ratio": "1:1", "height": None, "width": None},
+            "no '_max'.*got '768px_max'. Use 768px",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(change, message):
@@ -90,32 +91,24 @@ def test_a_video_too_short_for_its_condition_is_refused():
         latent_shape(OPTION, "v2v_head", Autoencoder(), patch_size=2)
 
 
-def test_an_empty_prompt_list_is_refused():
-    with pytest.raises(UserError, match="There is no prompt"):
-        check_condition(OPTION, "t2v", [])
+def test_an_unknown_condition_is_refused_with_the_nearest_first():
+    with pytest.raises(UserError, match=r"Unknown cond_type 'i2v_hed'.*nearest first: i2v_head, .*t2v"):
+        check_condition(OPTION, "i2v_hed")
 
 
-def test_an_unknown_condition_is_refused():
-    with pytest.raises(UserError, match=r"Unknown cond_type 'i2v'.*i2v_head"):
-        check_condition(OPTION, "i2v", [REQUEST])
-
-
-def test_i2v_needs_a_reference_that_exists_and_an_image_scale(tmp_path):
+def test_a_condition_needs_an_image_scale_and_a_video():
+    check_condition(OPTION, "t2v")
     guided = replace(OPTION, guidance_img=3.0)
+    check_condition(guided, "i2v_head")
     with pytest.raises(UserError, match="needs guidance_img"):
-        check_condition(OPTION, "i2v_head", [REQUEST])
-    with pytest.raises(UserError, match="needs a reference"):
-        check_condition(guided, "i2v_head", [REQUEST])
-    with pytest.raises(UserError, match="does not exist"):
-        check_condition(guided, "i2v_head", [replace(REQUEST, references=(Path("nowhere.png"),))])
-    image = tmp_path / "image.png"
-    image.touch()
-    check_condition(guided, "i2v_head", [replace(REQUEST, references=(image,))])
+        check_condition(OPTION, "i2v_head")
+    with pytest.raises(UserError, match="num_frames 1 with cond_type i2v_head"):
+        check_condition(replace(guided, num_frames=1), "i2v_head")
 
 
 def test_a_distilled_model_takes_no_reference():
     with pytest.raises(UserError, match="distill takes no reference"):
-        check_condition(replace(OPTION, method="distill", guidance_img=1.0), "i2v_tail", [REQUEST])
+        check_condition(replace(OPTION, method="distill", guidance_img=1.0), "i2v_tail")
 
 
 def test_a_slug_is_safe_as_a_file_name():

@@ -99,3 +99,17 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n" + '{"step": 2, "lo')
     MetricsWriter(tmp_path, 1).close()
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+def test_a_run_starts_from_given_parameters_and_an_average_of_them():
+    mesh = make_mesh(MeshConfig(2, 4, 1))
+    _, abstract, random = plan_state(lambda: Linear(8, 8, rngs=nnx.Rngs(0)), optax.adam(1e-2), mesh, ema=True)
+    ours = jax.tree.map(lambda leaf: 2 * leaf, random().params)
+    expected = jax.device_get(ours)  # the parameters themselves are given away
+    _, _, init = plan_state(
+        lambda: Linear(8, 8, rngs=nnx.Rngs(0)), optax.adam(1e-2), mesh, ema=True, pretrained=lambda: ours
+    )
+    state = init()
+    assert_same(state.params, expected)
+    assert_same(state.ema, expected)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(lambda leaf: leaf.sharding, abstract)

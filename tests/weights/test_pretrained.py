@@ -228,7 +228,7 @@ def test_a_file_of_something_else_altogether_is_no_partial_load(tmp_path, mesh):
 
 @pytest.mark.parametrize("given", [None, "nowhere.safetensors"])
 def test_weights_that_are_not_there_come_with_a_way_to_get_them(mesh, given):
-    with pytest.raises(UserError, match=r"config\.model\.from_pretrained .*convert download"):
+    with pytest.raises(UserError, match=r"config\.model\.from_pretrained: there is no file.*convert download"):
         read({"from_pretrained": given}, mesh)
 
 

@@ -54,5 +54,10 @@ def get_config() -> ConfigDict:
             "ae": trained.ae,
             "t5": trained.t5,
             "clip": trained.clip,
+            # Text to image to video: t2i2v_256px.py
+            "use_t2i2v": False,
+            "img_flux": None,
+            "img_flux_ae": None,
+            "img_resolution": placeholder(str),
         }
     )

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "model": {
                 "type": "mmdit",
-                "from_pretrained": placeholder(str),  # weights to start from: a workdir or a published file; None: random
+                "from_pretrained": placeholder(str),  # to start from: a workdir or a published file
                 "rename_keys": {},
                 "strict_load": True,
                 "layout": "same",

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "model": {
                 "type": "hunyuan_vae",
-                "from_pretrained": placeholder(str),  # weights to start from: a workdir or a published file; None: random
+                "from_pretrained": placeholder(str),  # to start from: a workdir or a published file
                 "rename_keys": {},
                 "strict_load": True,
                 "in_channels": 3,
