@@ -312,7 +312,7 @@ CLIP = ("--config.cond_type=v2v_head", *IMAGE[1:], "--config.sampling_option.num
         (VAE, ["--config.validation.data_path={mess}/short.parquet"], "2 shorter than 9 frames (longest: 5)"),
         (VAE, ["--config.loop.num_step=3"], "config.loop has no field 'num_step'; did you mean 'num_steps'?"),
         (VAE, ["--config.model.latent_channels=5"], "model.latent_channels is 4 there and 5 in the config"),
-        (ENCODE, ["--config.ae.from_pretrained={mess}"], "config.ae.from_pretrained takes the workdir"),
+        (ENCODE, ["--config.ae.from_pretrained={mess}"], "holds no checkpoints and no file of weights"),
         (ENCODE, ["--config.ae.latent_channels=5"], "model.latent_channels is 4 there and 5 in the config"),
         (ENCODE, ["--config.encode.posterior=sample"], "{mess}/world/latents is from other encoders"),
         (ENCODE, ["--config.t5.from_pretrained={mess}/nowhere"], "there is no folder {mess}/nowhere"),

@@ -114,7 +114,7 @@ def _in_folder(folder: Path) -> Path:
             raise UserError(f"{folder} holds {len(found)} checkpoints ({names}, ...); give the path of one of them.")
     inner = [name for name in ("model", "ema") if (folder / name).is_dir()]  # as the original's training writes them
     hint = f"give {folder / inner[0]}" if inner else "give a folder with model.safetensors or its shards"
-    raise UserError(f"{folder} holds no file of weights ({', '.join(SAFETENSORS + TORCH)}); {hint}.")
+    raise UserError(f"{folder} holds no checkpoints and no file of weights ({', '.join(SAFETENSORS + TORCH)}); {hint}.")
 
 
 def _open_shards(index: Path, part: str | None) -> dict[str, FileTensor]:

@@ -5,6 +5,7 @@ output and input axes first ([out, in], [out, in, t, h, w]); a scanned stack `x.
 `x.{i}.rest` per layer.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -214,7 +215,8 @@ def _assemble(checkpoint: Mapping[str, Any], weight: _Weight, leaf: nnx.Variable
         layers, *axes = index if weight.stacked else (slice(None), *index)
         ours = target.shape[1:] if weight.stacked else target.shape
         chosen = range(len(weight.keys))[layers]
-        part = np.zeros((len(chosen), *(len(range(n)[s]) for n, s in zip(ours, axes, strict=True))), target.dtype)
+        size = (len(chosen), *(len(range(n)[s]) for n, s in zip(ours, axes, strict=True)))
+        part = aligned_zeros(size, target.dtype)
         published = tuple(axes[i] for i in np.argsort(weight.order))
         for place, layer in zip(part, chosen, strict=True):
             if present[layer]:
@@ -223,6 +225,14 @@ def _assemble(checkpoint: Mapping[str, Any], weight: _Weight, leaf: nnx.Variable
 
     sharding = target.sharding or SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(target.shape, sharding, read)
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Returns zeros at an address that JAX on a CPU takes as it is, where it would copy others."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _mix(
