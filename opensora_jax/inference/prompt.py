@@ -27,8 +27,8 @@ from opensora_jax.models.t5 import T5Config
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.parallel.rules import param_shardings
 from opensora_jax.weights.files import open_checkpoint, read_config
+from opensora_jax.weights.params import load_params
 from opensora_jax.weights.pretrained import TEXT_ENCODERS
-from opensora_jax.weights.rename import load_params
 
 PUBLISHED = {"t5": "google/t5-v1_1-xxl", "clip": "openai/clip-vit-large-patch14"}
 READ_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin")  # config, tokenizer, weights

@@ -27,7 +27,8 @@ from opensora_jax.models.t5 import T5Config, T5Encoder
 from opensora_jax.parallel.rules import param_shardings
 from opensora_jax.weights.files import open_checkpoint, read_json
 from opensora_jax.weights.layouts import to_fused, to_split
-from opensora_jax.weights.rename import load_params, published_tensors, rename_keys, with_stored_dtypes
+from opensora_jax.weights.params import load_params, published_tensors, with_stored_dtypes
+from opensora_jax.weights.rename import rename_keys
 from opensora_jax.weights.workdir import Stored, check_same, is_workdir
 
 Section = Mapping[str, Any]

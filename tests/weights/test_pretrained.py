@@ -16,6 +16,7 @@ from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights import workdir
 from opensora_jax.weights.files import open_checkpoint, save_safetensors
 from opensora_jax.weights.layouts import to_split
+from opensora_jax.weights.params import export_params, load_params
 from opensora_jax.weights.pretrained import (
     DENOISERS,
     describe,
@@ -25,7 +26,7 @@ from opensora_jax.weights.pretrained import (
     open_weights,
     parse_model,
 )
-from opensora_jax.weights.rename import export_params, load_params, published_shapes
+from opensora_jax.weights.rename import published_shapes
 
 FIELDS = {
     "in_channels": 8,

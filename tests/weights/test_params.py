@@ -14,7 +14,8 @@ from opensora_jax.models.clip import CLIPText, CLIPTextConfig
 from opensora_jax.models.t5 import T5Config, T5Encoder
 from opensora_jax.nn.conv3d import CausalConv3d
 from opensora_jax.weights.files import open_checkpoint
-from opensora_jax.weights.rename import export_params, load_params, published_shapes
+from opensora_jax.weights.params import export_params, load_params
+from opensora_jax.weights.rename import published_shapes
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 MODELS = {"t5": (T5Config, T5Encoder), "clip": (CLIPTextConfig, CLIPText)}
