@@ -7,7 +7,6 @@ Source: hpcaitech/Open-Sora, `opensora/models/hunyuan_vae/`; HunyuanVideo (Kong 
 import math
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from opensora_jax.kernels.attention import attention
+from opensora_jax.models.posterior import Posterior
 from opensora_jax.nn.conv3d import CausalConv3d, Conv3d, Triple, orthogonal_blur
 from opensora_jax.nn.linear import Linear
 from opensora_jax.nn.norm import GroupNorm
@@ -232,22 +232,6 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-class Posterior(NamedTuple):
-    """A diagonal Gaussian over latents, not yet scaled."""
-
-    mean: Float[Array, "B t h w Z"]
-    logvar: Float[Array, "B t h w Z"]
-
-    def sample(self, key: Array) -> Float[Array, "B t h w Z"]:
-        """Returns a draw."""
-        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
-
-    def kl(self) -> Float[Array, "B"]:
-        """Returns the divergence from the standard normal, summed over everything but the batch, in nats."""
-        terms = self.mean**2 + jnp.exp(self.logvar) - 1.0 - self.logvar
-        return 0.5 * terms.sum((1, 2, 3, 4))
-
-
 class HunyuanVAE(nnx.Module):
     """Causal video autoencoder: 1 + k n frames to 1 + n latent frames, k the time stride."""
 
@@ -290,8 +274,11 @@ class HunyuanVAE(nnx.Module):
 
     def posterior(self, video: Float[Array, "B T H W C"]) -> Posterior:
         """Returns the Gaussian over unscaled latents of pixels in [-1, 1]; log variance clipped to [-30, 20]."""
-        mean, logvar = jnp.split(self.quant_conv(self.encoder(video)).astype(jnp.float32), 2, axis=-1)
-        return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+        return Posterior.of(self.moments(video))
+
+    def moments(self, video: Float[Array, "B T H W C"]) -> Float[Array, "B t h w M"]:
+        """Returns mean and log variance of the unscaled latent on the last axis, as the network gives them."""
+        return self.quant_conv(self.encoder(video))
 
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B t h w Z"]:
         """Returns the scaled latent: the posterior's mode, or a draw from it when a key is given."""

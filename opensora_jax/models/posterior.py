@@ -1,0 +1,30 @@
+"""What a variational autoencoder says of a latent: a Gaussian per value, from the moments that its encoder gives."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+
+class Posterior(NamedTuple):
+    """A diagonal Gaussian over latents, not yet scaled."""
+
+    mean: Float[Array, "B *L Z"]
+    logvar: Float[Array, "B *L Z"]
+
+    def sample(self, key: Array) -> Float[Array, "B *L Z"]:
+        """Returns a draw."""
+        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+    def kl(self) -> Float[Array, "B"]:
+        """Returns the divergence from the standard normal, summed over everything but the batch, in nats."""
+        terms = self.mean**2 + jnp.exp(self.logvar) - 1.0 - self.logvar
+        return 0.5 * terms.sum(range(1, terms.ndim))
+
+    @classmethod
+    def of(cls, moments: Float[Array, "B *L M"]) -> "Posterior":
+        """Returns the Gaussian of moments [mean, log variance] on the last axis, in float32, as wide as [-30, 20]."""
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return cls(mean, jnp.clip(logvar, -30.0, 20.0))
