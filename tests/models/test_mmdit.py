@@ -1,7 +1,4 @@
-"""MMDiT against golden outputs and gradients of the original, in both layouts of weights."""
-
-import json
-from pathlib import Path
+"""What goldens do not say of MMDiT (tests/parity has those): its first outputs, and sizes that it refuses."""
 
 import jax
 import jax.numpy as jnp
@@ -9,50 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from opensora_jax.config.build import build
 from opensora_jax.models.mmdit import MMDiT, MMDiTConfig
-from opensora_jax.weights.files import open_checkpoint
-from opensora_jax.weights.rename import export_params, load_params
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-
-
-def read_golden(name):
-    about = json.loads((GOLDENS / f"{name}.json").read_text())["config"]
-    fields = {key: about[key] for key in MMDiTConfig.__dataclass_fields__ if key in about}
-    tensors = {k: np.asarray(v) for k, v in open_checkpoint(GOLDENS / f"{name}.safetensors").items()}
-    return build(MMDiTConfig, fields | {"grad_ckpt_settings": (1, 100)}, "golden"), tensors
-
-
-def part(tensors, prefix):
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-@pytest.mark.parametrize("name", ["mmdit_mixed_flags", "mmdit_patch1_hc"])
-def test_mmdit_equals_the_original_with_gradients(name):
-    config, tensors = read_golden(name)
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))))
-    params = load_params("mmdit", part(tensors, "param/"), shapes)
-    inputs = {key: jnp.asarray(value) for key, value in part(tensors, "in/").items()}
-    ids = jnp.concatenate([inputs["txt_ids"], inputs["img_ids"]], axis=1)
-
-    @jax.jit
-    @jax.grad
-    def gradient(params):
-        return jnp.mean(run(params) ** 2)
-
-    def run(params):
-        model = nnx.merge(graphdef, params)
-        names = ("img", "txt", "timesteps", "y_vec", "cond", "guidance")
-        img, txt, t, pooled, condition, guidance = (inputs.get(name) for name in names)
-        return model.tokens(img, ids, txt, t, pooled, condition, guidance)
-
-    expected = tensors["out/output"]
-    assert np.abs(run(params) - expected).max() <= 1e-4 * np.abs(expected).max()
-    gradients = export_params("mmdit", gradient(params))
-    for key, wanted in part(tensors, "grad/").items():
-        assert np.abs(gradients[key] - wanted).max() <= 5e-4 * np.abs(wanted).max(), key
-
 
 CONFIG = MMDiTConfig(
     in_channels=12,

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from opensora_jax.diffusion import flow
-from opensora_jax.models.hunyuan_vae import Posterior
+from opensora_jax.models.posterior import Posterior
 from opensora_jax.nn.conv3d import CausalConv3d
 from opensora_jax.training import vae
 from opensora_jax.training.diffusion import DropoutRatio, FlowConfig, NullText, drop_text, make_loss
