@@ -93,9 +93,11 @@ def resolution_sizes(resolution: str, *, spatial_unit: int) -> tuple[int, Sizes]
     return pixels, {name: sizes.get(name, every[name])}
 
 
-def image_size(resolution: str, ratio: str, *, spatial_unit: int, training: bool = False) -> tuple[int, int]:
+def image_size(
+    resolution: str, ratio: str, *, spatial_unit: int, training: bool = False, distinct: bool = True
+) -> tuple[int, int]:
     """Returns (height, width) of a resolution at an aspect ratio; sampling by default. Raises UserError."""
-    sizes = ratio_sizes(num_pixels(resolution), spatial_unit=spatial_unit, training=training)
+    sizes = ratio_sizes(num_pixels(resolution), spatial_unit=spatial_unit, training=training, distinct=distinct)
     if ratio not in sizes:
         raise UserError(f'{resolution} has no aspect ratio "{ratio}"; use one of {", ".join(sizes)}')
     return sizes[ratio]

@@ -43,8 +43,14 @@ def time_shift(alpha: float, t):
 
 
 def schedule(num_steps: int, alpha: float) -> Float[np.ndarray, "N"]:
-    """Returns the `num_steps + 1` times of a sampling run, from 1 down to 0."""
-    return np.asarray(time_shift(alpha, np.linspace(1.0, 0.0, num_steps + 1)), np.float32)
+    """Returns the `num_steps + 1` times of a sampling run, from 1 down to 0.
+
+    Counted from the nearer end and shifted in float32, as in the original: its times to the last bit.
+    """
+    step = float(np.float32(-1) / np.float32(num_steps))
+    index = np.arange(num_steps + 1)
+    even = np.where(index < (num_steps + 1) // 2, 1 + step * index, -step * (num_steps - index))
+    return time_shift(float(alpha), even.astype(np.float32))
 
 
 def sample_time(key: Array, batch: int, alpha: float, *, logit_normal: bool, stratified: bool) -> Float[Array, "B"]:

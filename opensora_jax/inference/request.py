@@ -49,6 +49,7 @@ class SamplingOption:
     scale_temporal_osci: bool
     method: str
     seed: int | None  # None draws one, 0 is a seed
+    training_sizes: bool = False  # by name: the size of training, which can differ by a multiple (images of t2i2v)
 
     def __post_init__(self):
         """Check what does not depend on the models."""
@@ -93,7 +94,8 @@ def image_size(option: SamplingOption, multiple: int) -> tuple[int, int]:
     that are.
     """
     if option.resolution is not None and option.aspect_ratio is not None:
-        return aspect.image_size(option.resolution, option.aspect_ratio, spatial_unit=multiple)
+        names = option.resolution, option.aspect_ratio
+        return aspect.image_size(*names, spatial_unit=multiple, training=option.training_sizes, distinct=False)
     for name, value in (("height", option.height), ("width", option.width)):
         if value is None or value < 1 or value % multiple:
             low = max(1, (value or 1) // multiple) * multiple

@@ -121,4 +121,5 @@ def image_option(option: SamplingOption, resolution: str) -> SamplingOption:
         text_osci=False,
         image_osci=False,
         scale_temporal_osci=False,
+        training_sizes=True,  # as the original does
     )
