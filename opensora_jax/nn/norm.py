@@ -55,8 +55,50 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), axes=(None,))
 
     def __call__(self, x: Float[Array, "B *L C"]) -> Float[Array, "B *L C"]:
-        wide = rearrange(x.astype(jnp.float32), "B ... (G C) -> B (...) G C", G=self.groups)
-        mean = wide.mean((1, 3), keepdims=True)
-        inverse = jax.lax.rsqrt(((wide - mean) ** 2).mean((1, 3), keepdims=True) + self.eps)
-        y = ((wide - mean) * inverse).reshape(x.shape)
+        wide = x.astype(jnp.float32)
+        centred = wide - self._mean(wide)
+        y = centred * jax.lax.rsqrt(self._mean(centred * centred) + self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+    def _mean(self, x: Float[Array, "B *L C"]) -> Array:
+        """Returns the mean of each group, once per channel: channels first, so that no axis in space is reshaped.
+
+        Split over devices in space, only these few numbers then travel.
+        """
+        by_channel = x.mean(range(1, x.ndim - 1), keepdims=True)
+        by_group = rearrange(by_channel, "... (G C) -> ... G C", G=self.groups).mean(-1)
+        return jnp.repeat(by_group, x.shape[-1] // self.groups, axis=-1)
+
+
+class BatchNorm(nnx.Module):
+    """BatchNorm over all axes but channels, with running statistics (`nnx.BatchStat`).
+
+    Calling it uses the running statistics; `of_batch` uses those of the batch and moves the running ones towards them
+    by `momentum`. The running variance is the unbiased one, of which a batch of a single position has none.
+    """
+
+    def __init__(self, features: int, *, eps: float = 1e-5, momentum: float = 0.1, rngs: nnx.Rngs):
+        self.eps, self.momentum = eps, momentum
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), axes=(None,))
+        self.running_mean = nnx.BatchStat(jnp.zeros((features,), jnp.float32), axes=(None,))
+        self.running_var = nnx.BatchStat(jnp.ones((features,), jnp.float32), axes=(None,))
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        return self._normalised(x, self.running_mean[...], self.running_var[...])
+
+    def of_batch(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        """Returns `x` normalised by its own mean and variance, and updates the running statistics."""
+        wide, positions = x.astype(jnp.float32).reshape(-1, x.shape[-1]), x.size // x.shape[-1]
+        if positions < 2:
+            raise ValueError("BatchNorm needs two positions or more in a batch to train: got one; use larger clips.")
+        mean = wide.mean(0)
+        variance = ((wide - mean) ** 2).mean(0)
+        unbiased = jax.lax.stop_gradient(variance) * positions / (positions - 1)
+        self.running_mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.running_mean[...])
+        self.running_var[...] += self.momentum * (unbiased - self.running_var[...])
+        return self._normalised(x, mean, variance)
+
+    def _normalised(self, x: Array, mean: Array, variance: Array) -> Array:
+        factor = jax.lax.rsqrt(variance + self.eps) * self.scale[...]
+        return ((x.astype(jnp.float32) - mean) * factor + self.bias[...]).astype(x.dtype)
