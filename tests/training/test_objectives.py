@@ -12,7 +12,7 @@ from opensora_jax.nn.conv3d import CausalConv3d
 from opensora_jax.training import vae
 from opensora_jax.training.diffusion import DropoutRatio, FlowConfig, NullText, drop_text, make_loss
 from opensora_jax.training.optimizer import OptimConfig, learning_rate, make_optimizer
-from opensora_jax.training.reconstruction import latent_statistics, psnr_db
+from opensora_jax.training.reconstruction import latent_statistics
 
 NULL = NullText(jnp.full((3, 2), -1.0), jnp.full(5, -2.0))
 BATCH = {
@@ -65,6 +65,18 @@ def test_the_vae_loss_weighs_its_terms():
     assert total == pytest.approx(0.5 + 2.5 + 50.0)
 
 
+def test_summed_losses_count_every_value_of_a_frame_and_of_a_latent():
+    video = jnp.zeros((2, 3, 5, 7, 3))
+    posterior = Posterior(jnp.ones((2, 2, 1, 1, 4)), jnp.zeros((2, 2, 1, 1, 4)))
+    distance = lambda a, b: jnp.full(a.shape[:2], 0.25)  # noqa: E731
+    config = vae.VAELossConfig(1.0, 0.0, 10.0, perceptual_loss_weight=2.0, reduction="sum")
+    nll, kl, parts = vae.measure(config, video, video + 0.5, posterior, distance, 0.1)
+    assert nll == pytest.approx((5 * 7 * 3) * ((0.5 + 2 * 0.25) / np.exp(0.1) + 0.1))
+    assert kl == pytest.approx(10 * 0.5 * (2 * 1 * 1 * 4))
+    assert parts["perceptual"] == pytest.approx(0.25)
+    assert vae.measure(config, video, video, None, None, 0.0)[1] == 0  # an autoencoder without noise
+
+
 def test_images_teach_the_tap_of_the_current_frame_alone():
     model = CausalConv3d(3, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
@@ -91,11 +103,6 @@ def test_latent_statistics_are_those_of_all_values_together():
     means, spread = np.concatenate(parts, axis=1).reshape(2, -1, 5)
     np.testing.assert_allclose(mean, means.mean(0))
     np.testing.assert_allclose(std, np.sqrt(means.var(0) + (spread**2).mean(0)))
-
-
-def test_psnr_of_a_known_error():
-    a = np.zeros((1, 2, 2, 3), np.uint8)
-    assert psnr_db(a, a + 51) == pytest.approx(20 * np.log10(5))
 
 
 OPTIM = OptimConfig("adamw", 1e-2, (0.9, 0.99), 1e-8, 0.0, 1.0, 4, "cosine")
