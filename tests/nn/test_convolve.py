@@ -1,0 +1,38 @@
+"""A convolution in parts is the whole one, forwards and backwards, on any sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opensora_jax.nn import convolve as module
+from opensora_jax.nn.convolve import convolve
+
+
+def draw(*shape, seed):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("images", "rows", "largest"),
+    [
+        (6, 5, 10**9),  # whole
+        (6, 5, 2 * 5 * 7 * 9 * 3),  # several images at a time
+        (5, 5, 2 * 5 * 7 * 9 * 3),  # a prime number of images
+        (2, 11, 3 * 7 * 9 * 3),  # strips of rows, the last one short
+        (2, 11, 1),  # single rows
+    ],
+)
+def test_parts_make_the_whole(monkeypatch, images, rows, largest, strides):
+    monkeypatch.setattr(module, "DEEP", 1)
+    monkeypatch.setattr(module, "LARGEST_PART", largest)
+    x, kernel = draw(images, rows * strides[0] + 2, 7 * strides[1] + 2, 3, seed=0), draw(3, 3, 3, 2, seed=1)
+
+    def measure(run):
+        return jax.jit(jax.value_and_grad(lambda x, kernel: (run(x, kernel, strides) ** 2).sum(), argnums=(0, 1)))
+
+    ours, whole = (jax.jit(run, static_argnums=2)(x, kernel, strides) for run in (convolve, module._whole))
+    np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5)
+    found, expected = (measure(run)(x, kernel) for run in (convolve, module._whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
