@@ -30,7 +30,15 @@ from opensora_jax.training import reconstruction, vae
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
 from opensora_jax.training.state import make_train_step, plan_state
-from opensora_jax.weights.pretrained import AUTOENCODERS, describe, initial_weights, parse_dtype, parse_model
+from opensora_jax.weights.pretrained import (
+    AUTOENCODERS,
+    CRITICS,
+    describe,
+    initial_weights,
+    load,
+    parse_dtype,
+    parse_model,
+)
 
 CONFIG = config_flag()
 
@@ -59,6 +67,7 @@ class TrainVAEConfig:
     bucket_config: dict[str, dict[int, Any]]
     small_buckets: str  # what to do with fewer samples than a batch: error, drop or repeat
     vae_loss_config: vae.VAELossConfig
+    lpips: Any  # type and where its weights are, for the perceptual loss
     optim: OptimConfig
     ema_decay: float | None
     mesh: MeshConfig
@@ -89,7 +98,7 @@ def main(argv: list[str]) -> Path | None:
         ema=ema,
         pretrained=initial_weights(config.model, AUTOENCODERS, "config.model", mesh=mesh),
     )
-    loss = vae.make_loss(config.vae_loss_config)
+    loss = vae.make_loss(config.vae_loss_config, perceptual_distance(config))
     meta = describe(config.model["type"], model_config) | {"ema": ema, "plan": plan.hash}
     state = Run(config.workdir, "train_vae", config.seed, mesh, config.loop, meta, CONFIG.value.to_dict()).fit(
         make_train_step(graphdef, loss, tx, ema_decay=config.ema_decay),
@@ -108,6 +117,20 @@ def main(argv: list[str]) -> Path | None:
         write_json(config.workdir / "validation.json", {"step": int(state.step)} | measured)
         logging.info("held-out clips: %s", measured)
     return config.workdir
+
+
+def perceptual_distance(config: TrainVAEConfig) -> nnx.Module | None:
+    """Returns LPIPS with its weights in this host's memory, None where the loss gives it none.
+
+    They are constants of the compiled step, the same on all hosts.
+    Raises: UserError when they are not there.
+    """
+    if not config.vae_loss_config.perceptual_loss_weight:
+        return None
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
+    kinds, dtype = {"lpips": CRITICS["lpips"]}, parse_dtype(config.dtype)
+    graphdef, params = nnx.split(load(config.lpips, kinds, "config.lpips", dtype=dtype, mesh=mesh))
+    return nnx.merge(graphdef, jax.device_get(params))
 
 
 def split(table: pa.Table, config: ValidationConfig, buckets: Buckets, seed: int) -> tuple[pa.Table, pa.Table]:

@@ -1,15 +1,17 @@
 """Runs the frozen encoders over a data set once: latents and text embeddings to the cache that training reads."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from flax import nnx
 from jax import Array
+from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
@@ -111,16 +113,19 @@ def _write_latents(
         raise UserError(f"none of the {len(rows)} clips could be encoded: see the warnings above")
 
 
-def _encoder(autoencoder: Any, config: EncodeConfig):
-    graphdef, params = nnx.split(autoencoder)
+def _encoder(autoencoder: Any, config: EncodeConfig) -> Callable[[Array, Array], Array]:
+    """Returns what maps clips of bytes and their rows to latents; the autoencoder compiles its own parts."""
 
-    @jax.jit
-    def latents(params: nnx.State, video: Array, ids: Array) -> Array:
-        model: Any = nnx.merge(graphdef, params)
-        pixels = video.astype(np.float32) / 127.5 - 1.0
+    def latents(video: Array, ids: Array) -> Array:
+        pixels = _to_pixels(video)
         if config.posterior == "mode":
-            return model.encode(pixels)
+            return autoencoder.encode(pixels)
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(config.seed), row))(ids)
-        return jax.vmap(lambda clip, key: model.encode(clip[None], key)[0])(pixels, keys)
+        return jax.vmap(lambda clip, key: autoencoder.encode(clip[None], key)[0])(pixels, keys)
 
-    return lambda video, ids: latents(params, video, ids)
+    return latents
+
+
+@jax.jit
+def _to_pixels(video: UInt8[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
+    return video.astype(jnp.float32) / 127.5 - 1.0

@@ -38,7 +38,8 @@ class Pipeline:
 
     `denoiser` and `autoencoder` are NNX modules whose parameters lie on the mesh, `encode_text` maps prompts
     to token embeddings and pooled vectors. `batch_size` videos are denoised together, split over the mesh's
-    data axes; `decode_batch_size` are decoded together.
+    data axes; `decode_batch_size` are decoded together. The autoencoder compiles its own parts, so that where it
+    cuts a video into tiles, these run one by one.
     """
 
     denoiser: Any
@@ -116,18 +117,16 @@ class Pipeline:
         """Returns the reference latents of each request, which are posterior modes; the batch is encoded as one."""
         size = image_size(option, self.denoiser.config.patch_size * max(self.autoencoder.strides[1:]))
         read = {request: read_references(request, cond_type, size, self.autoencoder) for request in set(batch)}
-        graph, params = nnx.split(self.autoencoder)
         places = [np.stack(clips) for clips in zip(*(read[request] for request in batch), strict=True)]
-        latents = [_encode(graph, params, self._spread(clips)) for clips in places]
+        latents = [self.autoencoder.encode(self._spread(clips)) for clips in places]
         return [[place[i] for place in latents] for i in range(len(batch))]
 
     def _decode(self, latents: Array, num_frames: int, cond_type: str) -> Iterator[Video]:
-        graph, params = nnx.split(self.autoencoder)
         size = min(self.decode_batch_size, self.batch_size)
         for start in range(0, len(latents), size):
             chunk = latents[start : start + size]
             padded = jnp.concatenate([chunk, jnp.repeat(chunk[-1:], size - len(chunk), axis=0)])
-            for video in np.asarray(_decode_uint8(graph, params, padded))[: len(chunk)]:
+            for video in np.asarray(_to_uint8(self.autoencoder.decode(padded)))[: len(chunk)]:
                 yield trim(video, num_frames, cond_type, self.autoencoder)
 
 
@@ -200,12 +199,6 @@ def _count(bar: tqdm, steps: Iterable) -> Iterator:
         bar.update()
 
 
-@partial(jax.jit, static_argnums=0)
-def _encode(graph, params, video):
-    return nnx.merge(graph, params).encode(video)
-
-
-@partial(jax.jit, static_argnums=0)
-def _decode_uint8(graph, params, latents):
-    pixels = nnx.merge(graph, params).decode(latents).astype(jnp.float32)
-    return jnp.floor((jnp.clip(pixels, -1, 1) + 1) * 127.5 + 0.5).astype(jnp.uint8)
+@jax.jit
+def _to_uint8(pixels: Float[Array, "B T H W 3"]) -> UInt8[Array, "B T H W 3"]:
+    return jnp.floor((jnp.clip(pixels.astype(jnp.float32), -1, 1) + 1) * 127.5 + 0.5).astype(jnp.uint8)

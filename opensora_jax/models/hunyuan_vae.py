@@ -15,20 +15,25 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from opensora_jax.kernels.attention import attention
 from opensora_jax.models.posterior import Posterior
+from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv3d import CausalConv3d, Conv3d, Triple, orthogonal_blur
 from opensora_jax.nn.linear import Linear
 from opensora_jax.nn.norm import GroupNorm
+from opensora_jax.nn.tiling import Tiling, tiled_decode, tiled_encode
 
 FIRST_LOGVAR = -6.0  # training starts with little noise on the latent
 
 
 @dataclass(frozen=True)
 class HunyuanVAEConfig:
-    """Shape of the network; `scale_factor` and `shift_factor` (one number, or one per channel) normalise the latent."""
+    """Shape of the network; `scale_factor` and `shift_factor` (one number, or one per channel) normalise the latent.
+
+    `encode` and `decode` work in tiles of `sample_size` pixels squared and `sample_tsize` frames where tiling is used.
+    """
 
     in_channels: int
     out_channels: int
@@ -41,9 +46,14 @@ class HunyuanVAEConfig:
     mid_block_add_attention: bool
     scale_factor: float | tuple[float, ...]
     shift_factor: float | tuple[float, ...]
+    use_spatial_tiling: bool = False
+    use_temporal_tiling: bool = False
+    sample_size: int = 256
+    sample_tsize: int = 64
+    tile_overlap_factor: float = 0.25
 
     def __post_init__(self):
-        """Check what the layers below rely on."""
+        """Check what the layers below and tiling rely on."""
         if self.time_compression_ratio not in (4, 8):
             raise ValueError(f"time_compression_ratio is 4 or 8: got {self.time_compression_ratio}.")
         if self.spatial_compression_ratio not in [2**i for i in range(1, len(self.block_out_channels) + 1)]:
@@ -55,6 +65,20 @@ class HunyuanVAEConfig:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != self.latent_channels:
                 raise ValueError(f"{name} has one number or {self.latent_channels}, one a channel: got {len(value)}.")
+        _ = self.tiling
+
+    @property
+    def tiling(self) -> Tiling:
+        """How `encode` and `decode` cut; tiles of latents follow from those of pixels."""
+        return Tiling(
+            self.strides,
+            is_causal=True,
+            use_spatial_tiling=self.use_spatial_tiling,
+            use_temporal_tiling=self.use_temporal_tiling,
+            spatial_tile_size=self.sample_size,
+            temporal_tile_size=self.sample_tsize,
+            tile_overlap_factor=self.tile_overlap_factor,
+        )
 
     @property
     def level_strides(self) -> tuple[Triple, ...]:
@@ -104,9 +128,14 @@ class FrameCausalAttention(nnx.Module):
         _, T, H, W, _ = x.shape
         tokens = rearrange(self.group_norm(x), "B T H W C -> B (T H W) C")
         q, k, v = (to(tokens)[:, :, None] for to in (self.to_q, self.to_k, self.to_v))
-        frame = np.repeat(np.arange(T), H * W)
-        mask = jnp.asarray(frame[:, None] >= frame[None, :])[None, None]
+        mask = jnp.asarray(frame_causal_mask(T, H * W))[None, None]
         return x + self.to_out(attention(q, k, v, mask=mask)[:, :, 0]).reshape(x.shape)
+
+
+def frame_causal_mask(frames: int, positions: int) -> Bool[np.ndarray, "L L"]:
+    """Returns which query (first axis) sees which key: all `positions` of its own frame and of those before."""
+    frame = np.repeat(np.arange(frames), positions)
+    return frame[:, None] >= frame[None, :]
 
 
 class MidBlock(nnx.Module):
@@ -273,11 +302,15 @@ class HunyuanVAE(nnx.Module):
         return (frames - 1) // t + 1, height // h, width // w
 
     def posterior(self, video: Float[Array, "B T H W C"]) -> Posterior:
-        """Returns the Gaussian over unscaled latents of pixels in [-1, 1]; log variance clipped to [-30, 20]."""
-        return Posterior.of(self.moments(video))
+        """Returns the Gaussian over unscaled latents of pixels in [-1, 1]; log variance clipped to [-30, 20].
 
+        Of a video larger than a tile it comes from the blended moments of tiles.
+        """
+        return Posterior.of(tiled_encode(self.config.tiling, video, self.moments))
+
+    @compiled
     def moments(self, video: Float[Array, "B T H W C"]) -> Float[Array, "B t h w M"]:
-        """Returns mean and log variance of the unscaled latent on the last axis, as the network gives them."""
+        """Returns mean and log variance of the unscaled latent on the last axis, as the network gives them, untiled."""
         return self.quant_conv(self.encoder(video))
 
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B t h w Z"]:
@@ -288,8 +321,10 @@ class HunyuanVAE(nnx.Module):
 
     def decode(self, latent: Float[Array, "B t h w Z"]) -> Float[Array, "B T H W C"]:
         """Returns pixels, about [-1, 1], of a scaled latent."""
-        return self.reconstruct(latent / jnp.asarray(self.config.scale_factor) + jnp.asarray(self.config.shift_factor))
+        z = latent / jnp.asarray(self.config.scale_factor) + jnp.asarray(self.config.shift_factor)
+        return tiled_decode(self.config.tiling, z, self.reconstruct)
 
+    @compiled
     def reconstruct(self, z: Float[Array, "B t h w Z"]) -> Float[Array, "B T H W C"]:
-        """Returns pixels of an unscaled latent, as training of the autoencoder itself uses it."""
+        """Returns pixels of an unscaled latent, untiled, as training of the autoencoder itself uses it."""
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)

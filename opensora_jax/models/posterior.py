@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+FIRST_LOGVAR = -6.0  # training starts with little noise on the latent
+
 
 class Posterior(NamedTuple):
     """A diagonal Gaussian over latents, not yet scaled."""
@@ -20,8 +22,15 @@ class Posterior(NamedTuple):
 
     def kl(self) -> Float[Array, "B"]:
         """Returns the divergence from the standard normal, summed over everything but the batch, in nats."""
+        return self._divergence(1)
+
+    def frame_kl(self) -> Float[Array, "B T"]:
+        """Returns the divergence of every latent frame, in nats: for autoencoders that see frames as images."""
+        return self._divergence(2)
+
+    def _divergence(self, kept_axes: int) -> Array:
         terms = self.mean**2 + jnp.exp(self.logvar) - 1.0 - self.logvar
-        return 0.5 * terms.sum(range(1, terms.ndim))
+        return 0.5 * terms.sum(range(kept_axes, terms.ndim))
 
     @classmethod
     def of(cls, moments: Float[Array, "B *L M"]) -> "Posterior":

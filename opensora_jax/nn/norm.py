@@ -73,8 +73,8 @@ class GroupNorm(nnx.Module):
 class BatchNorm(nnx.Module):
     """BatchNorm over all axes but channels, with running statistics (`nnx.BatchStat`).
 
-    Calling it uses the running statistics; `of_batch` uses those of the batch and moves the running ones towards them
-    by `momentum`. The running variance is the unbiased one, of which a batch of a single position has none.
+    Calling it uses the running statistics; `of_batch` uses those of the batch, and returns the running ones moved
+    towards them by `momentum`: the module does not change. The running variance is the unbiased one.
     """
 
     def __init__(self, features: int, *, eps: float = 1e-5, momentum: float = 0.1, rngs: nnx.Rngs):
@@ -87,17 +87,20 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
         return self._normalised(x, self.running_mean[...], self.running_var[...])
 
-    def of_batch(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-        """Returns `x` normalised by its own mean and variance, and updates the running statistics."""
+    def of_batch(self, x: Float[Array, "*B C"]) -> tuple[Float[Array, "*B C"], dict[str, Float[Array, "C"]]]:
+        """Returns `x` normalised by its own mean and variance, and the values of the running statistics after it.
+
+        Raises: ValueError for a single position, which has no variance.
+        """
         wide, positions = x.astype(jnp.float32).reshape(-1, x.shape[-1]), x.size // x.shape[-1]
         if positions < 2:
             raise ValueError("BatchNorm needs two positions or more in a batch to train: got one; use larger clips.")
         mean = wide.mean(0)
         variance = ((wide - mean) ** 2).mean(0)
-        unbiased = jax.lax.stop_gradient(variance) * positions / (positions - 1)
-        self.running_mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.running_mean[...])
-        self.running_var[...] += self.momentum * (unbiased - self.running_var[...])
-        return self._normalised(x, mean, variance)
+        found = {"running_mean": mean, "running_var": variance * positions / (positions - 1)}
+        kept = {name: (1 - self.momentum) * getattr(self, name)[...] for name in found}
+        after = {name: kept[name] + self.momentum * value for name, value in jax.lax.stop_gradient(found).items()}
+        return self._normalised(x, mean, variance), after
 
     def _normalised(self, x: Array, mean: Array, variance: Array) -> Array:
         factor = jax.lax.rsqrt(variance + self.eps) * self.scale[...]

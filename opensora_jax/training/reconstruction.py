@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from flax import nnx
 from jaxtyping import Float, UInt8
 from pyarrow.csv import write_csv
 
@@ -21,8 +20,10 @@ from opensora_jax.data.buckets import Bucket
 from opensora_jax.data.clips import read_once
 from opensora_jax.data.loader import ClipSource
 from opensora_jax.data.video import write_video
+from opensora_jax.training.quality import psnr_db
 from opensora_jax.training.vae import to_bytes, to_pixels
 
+_pixels, _bytes = jax.jit(to_pixels), jax.jit(to_bytes)
 Clip = UInt8[np.ndarray, "T H W 3"]
 
 
@@ -46,15 +47,13 @@ def latent_statistics(
 
 def measure_latent(model: Any, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int) -> dict[str, Any]:
     """Returns the `shift_factor` and `scale_factor` per channel that give latents mean 0 and deviation 1."""
-    graphdef, params = nnx.split(model)
 
-    @jax.jit
-    def moments(params, video):
-        posterior = nnx.merge(graphdef, params).posterior(to_pixels(video))
+    def moments(video):
+        posterior = model.posterior(_pixels(video))
         return posterior.mean, jnp.exp(posterior.logvar)
 
     batches = read_once(source, rows, batch_size, "latent statistics")
-    kept = ([part[: len(ids)] for part in moments(params, video)] for _, ids, video in batches)
+    kept = ([part[: len(ids)] for part in moments(video)] for _, ids, video in batches)
     mean, std = latent_statistics((np.asarray(m), np.asarray(v)) for m, v in kept)
     return {"shift_factor": mean, "scale_factor": (1 / np.asarray(std)).tolist(), "clips": len(rows)}
 
@@ -63,15 +62,9 @@ def reconstruct(
     model: Any, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int
 ) -> Iterator[tuple[int, Clip, Clip]]:
     """Yields (row, clip, reconstruction from the posterior's mode)."""
-    graphdef, params = nnx.split(model)
-
-    @jax.jit
-    def through(params, video):
-        model = nnx.merge(graphdef, params)
-        return to_bytes(model.reconstruct(model.posterior(to_pixels(video)).mean))
-
     for _, ids, video in read_once(source, rows, batch_size, "reconstructions"):
-        yield from zip(ids, video, np.asarray(through(params, video)), strict=False)
+        decoded = model.decode(model.encode(_pixels(video)))
+        yield from zip(ids, video, np.asarray(_bytes(decoded)), strict=False)
 
 
 def validate(
@@ -90,7 +83,7 @@ def validate(
     folder.mkdir(parents=True, exist_ok=True)
     errors, lines = [], []
     for row, clip, reconstruction in reconstruct(model, source, rows, batch_size):
-        errors.append(psnr_db(clip, reconstruction))
+        errors.append(psnr_db(clip / 255, reconstruction / 255).mean())
         fps = source.facts["fps"][row].item()
         name = f"{row:05d}_{Path(str(source.paths[row])).stem}.mp4"
         path = write_video(folder / name, reconstruction, 1.0 if math.isnan(fps) else fps)
@@ -99,9 +92,3 @@ def validate(
         return {"clips": 0}
     write_csv(pa.Table.from_pylist(lines), folder / "captions.csv")
     return {"psnr_db": float(np.mean(errors)), "psnr_db_worst": float(np.min(errors)), "clips": len(errors)}
-
-
-def psnr_db(a: Clip, b: Clip) -> float:
-    """Returns the peak signal-to-noise ratio of two clips in decibels, at most 100."""
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return 10 * math.log10(255**2 / max(error, 255**2 * 1e-10))

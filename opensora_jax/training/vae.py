@@ -1,9 +1,11 @@
-"""The training objective of an autoencoder.
+"""The training objective of an autoencoder: error of pixels, perceptual distance, divergence of the latent.
 
-Source: hpcaitech/Open-Sora, `opensora/models/vae/losses.py`.
+Source: hpcaitech/Open-Sora, `opensora/models/vae/losses.py`, whose sums are `reduction="sum"` here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +13,27 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, UInt8
 
+from opensora_jax.models.posterior import Posterior
 from opensora_jax.training.state import Batch, Loss, Metrics
+
+Distance = Callable[[Array, Array], Array]  # of two videos, frame by frame
 
 
 @dataclass(frozen=True)
 class VAELossConfig:
-    """Weights of the terms; absolute and squared error are means over pixels, the divergence over latent values."""
+    """Weights of the terms, and what they are weights of.
+
+    With the reduction "mean" the error is a mean over pixels and the divergence one over latent values. "sum" is the
+    original's: the error, and the distance and `logvar_init` for every value, summed over a frame, the divergence over
+    all that a posterior counts as one. `logvar_init` is the log variance of pixels; no optimiser owns it there either.
+    """
 
     l1_loss_weight: float
     l2_loss_weight: float
     kl_loss_weight: float
+    perceptual_loss_weight: float = 0.0  # of LPIPS
+    logvar_init: float = 0.0
+    reduction: Literal["mean", "sum"] = "mean"
 
 
 def to_pixels(video: UInt8[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
@@ -48,18 +61,47 @@ def only_current_frame_learns(model: nnx.Module) -> nnx.Module:
     return nnx.merge(graphdef, jax.tree.map(cut, params))
 
 
-def make_loss(config: VAELossConfig) -> Loss:
-    """Returns `loss(model, batch, key)` for batches of `video` bytes; single frames are images."""
+def make_loss(config: VAELossConfig, lpips: Distance | None = None) -> Loss:
+    """Returns `loss(model, batch, key)` for batches of `video` bytes; single frames are images.
+
+    `lpips` is needed where the perceptual distance has a weight.
+    """
 
     def loss(model: nnx.Module, batch: Batch, key: Array) -> tuple[Array, Metrics]:
         video = to_pixels(batch["video"])
         if video.shape[1] == 1:
             model = only_current_frame_learns(model)
         posterior = model.posterior(video)  # type: ignore[attr-defined]
-        error = model.reconstruct(posterior.sample(key)) - video  # type: ignore[attr-defined]
-        l1, l2 = jnp.abs(error).mean(), jnp.square(error).mean()
-        kl = posterior.kl().sum() / posterior.mean.size
-        total = config.l1_loss_weight * l1 + config.l2_loss_weight * l2 + config.kl_loss_weight * kl
-        return total, {"l1": l1, "l2": l2, "kl": kl, "psnr_db": 10 * jnp.log10(4 / l2)}
+        reconstruction = model.reconstruct(posterior.sample(key))  # type: ignore[attr-defined]
+        error, kl, metrics = measure(config, video, reconstruction, posterior, lpips, config.logvar_init)
+        return error + kl, metrics | {"psnr_db": 10 * jnp.log10(4 / metrics["l2"])}
 
     return loss
+
+
+def measure(
+    config: VAELossConfig,
+    video: Float[Array, "B T H W 3"],
+    reconstruction: Float[Array, "B T H W 3"],
+    posterior: Posterior | None,
+    lpips: Distance | None,
+    logvar: Float[Array, ""] | float,
+) -> tuple[Float[Array, ""], Float[Array, ""] | float, Metrics]:
+    """Returns the negative log likelihood of the video, the weighted divergence, and the terms as means.
+
+    Without a posterior the divergence is 0.
+    """
+    difference = reconstruction - video
+    metrics = {"l1": jnp.abs(difference).mean(), "l2": jnp.square(difference).mean()}
+    error = config.l1_loss_weight * metrics["l1"] + config.l2_loss_weight * metrics["l2"]
+    if config.perceptual_loss_weight and lpips is not None:
+        metrics["perceptual"] = lpips(video, reconstruction).mean()
+        error += config.perceptual_loss_weight * metrics["perceptual"]
+    likelihood = error / jnp.exp(logvar) + logvar
+    summed = config.reduction == "sum"
+    likelihood = likelihood * video[0, 0].size if summed else likelihood
+    if posterior is None:
+        return likelihood, 0.0, metrics
+    metrics["kl"] = posterior.kl().sum() / posterior.mean.size
+    kl = config.kl_loss_weight * metrics["kl"]
+    return likelihood, kl * posterior.mean[0].size if summed else kl, metrics

@@ -5,6 +5,7 @@ and `total_parameters`, as written from the original model on torch's meta devic
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -29,6 +30,36 @@ LEFT_OUT: dict[
     "t5": {"feed_forward_proj": "gated-gelu"},
     "clip": {"eos_token_id": 2},
     "hunyuan_vae": {},
+    "flux_ae": {},
+    "dc_ae": {},
+    "opensora_vae": {
+        "vae_2d": {  # SDXL's
+            "in_channels": 3,
+            "out_channels": 3,
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "latent_channels": 4,
+            "norm_num_groups": 32,
+        },
+        "vae_temporal": {  # VAE_Temporal_SD
+            "in_out_channels": 4,
+            "latent_embed_dim": 4,
+            "embed_dim": 4,
+            "filters": 128,
+            "num_res_blocks": 4,
+            "channel_multipliers": (1, 2, 2, 4),
+            "temporal_downsample": (False, True, True),
+            "num_groups": 32,
+        },
+    },
+    "lpips": {},
+    "discriminator": {},
+}
+TYPES = {  # the original's names of our kinds, where they differ
+    "autoencoder_2d": "flux_ae",
+    "VideoAutoencoderPipeline": "opensora_vae",
+    "LPIPS": "lpips",
+    "N_Layer_discriminator_3D": "discriminator",
 }
 
 
@@ -63,7 +94,8 @@ def read_manifest(path: Path) -> Manifest:
     if absent:
         raise UserError(f"{path} is no manifest: it lacks {', '.join(sorted(absent))}; give a list of keys and shapes.")
     given = content.get("effective_defaults", {}) | content["config"]
-    kind = content.get("type") or _kind_of(given)
+    named = content.get("type")
+    kind = TYPES.get(named, named) if named else _kind_of(given)
     if kind not in MODELS:
         raise UserError(f"{path} is of a model that is not here ({kind or 'unknown fields'}); {_known()}.")
     config_class = MODELS[kind][0]
@@ -74,12 +106,17 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def compare(kind: str, config: Any, shapes: Mapping[str, Shape], parameters: int | None = None) -> Match:
-    """Returns how published keys and shapes fit the network of a config; `parameters` is the count to expect."""
+    """Returns how published keys and shapes fit the network of a config; `parameters` is the count to expect.
+
+    Running statistics have keys like parameters and do not count as such; published constants are passed over.
+    """
     module = MODELS[kind][1]
-    params = nnx.state(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))), nnx.Param)
-    places = parameter_keys(kind, params)  # (key, published shape) of every layer of every parameter
+    model = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))
+    tensors, params = nnx.state(model), nnx.state(model, nnx.Param)
+    places = parameter_keys(kind, tensors)  # (key, published shape) of every layer of every tensor
     ours = dict(places)
     copies = {copy: ours[original] for copy, original in NAMES[kind].tied}
+    constant = NAMES[kind].ignored
     counted = sum(math.prod(leaf.shape) for _, leaf in nnx.to_flat_state(params))
     twice = [key for key, count in Counter(key for key, _ in places).items() if count > 1]
     wrong = [
@@ -88,21 +125,24 @@ def compare(kind: str, config: Any, shapes: Mapping[str, Shape], parameters: int
         if key in ours | copies and (ours | copies)[key] != shape
     ]
     found = {
-        "without a place here": [key for key in shapes if key not in ours | copies],
+        "without a place here": [
+            key for key in shapes if key not in ours | copies and not (constant and re.search(constant, key))
+        ],
         "missing there": [key for key in ours if key not in shapes],
         "of another shape": wrong,
         "claimed by two parameters": twice,
         "parameters": [] if parameters in (None, counted) else [f"{parameters:,} there, {counted:,} here"],
     }
     faults = tuple(f"{what}: {_some(keys)}" for what, keys in found.items() if keys)
-    return Match(len(shapes), len(nnx.to_flat_state(params)), counted, faults)
+    return Match(len(shapes), len(nnx.to_flat_state(tensors)), counted, faults)
 
 
 def _kind_of(given: Mapping[str, Any]) -> str | None:
     """Returns the kind of model whose required fields are all given or left out by habit."""
     for kind, (config_class, _) in MODELS.items():
         needed = {field.name for field in fields(config_class) if field.default is MISSING}
-        if needed - LEFT_OUT[kind].keys() <= given.keys():
+        told = needed - LEFT_OUT[kind].keys()
+        if told and told <= given.keys():
             return kind
     return None
 

@@ -21,12 +21,19 @@ from jax.typing import DTypeLike
 from opensora_jax.config.build import build
 from opensora_jax.config.errors import UserError
 from opensora_jax.models.clip import CLIPText, CLIPTextConfig
+from opensora_jax.models.dc_ae import DCAE
+from opensora_jax.models.dc_ae_config import DCAEConfig
+from opensora_jax.models.discriminator import Discriminator, DiscriminatorConfig
+from opensora_jax.models.flux_ae import FluxAE, FluxAEConfig
 from opensora_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
+from opensora_jax.models.lpips import LPIPS, LPIPSConfig
 from opensora_jax.models.mmdit import MMDiT, MMDiTConfig
+from opensora_jax.models.opensora_vae import OpenSoraVAE, OpenSoraVAEConfig
 from opensora_jax.models.t5 import T5Config, T5Encoder
 from opensora_jax.parallel.rules import param_shardings
 from opensora_jax.weights.files import open_checkpoint, read_json
 from opensora_jax.weights.layouts import to_fused, to_split
+from opensora_jax.weights.lpips_files import is_lpips, open_lpips
 from opensora_jax.weights.params import load_params, published_tensors, with_stored_dtypes
 from opensora_jax.weights.rename import rename_keys
 from opensora_jax.weights.workdir import Stored, check_same, is_workdir
@@ -34,13 +41,28 @@ from opensora_jax.weights.workdir import Stored, check_same, is_workdir
 Section = Mapping[str, Any]
 Kinds = dict[str, tuple[type, type]]
 
-AUTOENCODERS: Kinds = {"hunyuan_vae": (HunyuanVAEConfig, HunyuanVAE)}
+AUTOENCODERS: Kinds = {
+    "hunyuan_vae": (HunyuanVAEConfig, HunyuanVAE),
+    "flux_ae": (FluxAEConfig, FluxAE),
+    "dc_ae": (DCAEConfig, DCAE),
+    "opensora_vae": (OpenSoraVAEConfig, OpenSoraVAE),
+}
 DENOISERS: Kinds = {"mmdit": (MMDiTConfig, MMDiT)}
 TEXT_ENCODERS: Kinds = {"t5": (T5Config, T5Encoder), "clip": (CLIPTextConfig, CLIPText)}
-MODELS = AUTOENCODERS | DENOISERS | TEXT_ENCODERS
+CRITICS: Kinds = {"lpips": (LPIPSConfig, LPIPS), "discriminator": (DiscriminatorConfig, Discriminator)}
+MODELS = AUTOENCODERS | DENOISERS | TEXT_ENCODERS | CRITICS
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LATENT_FIELDS = ("scale_factor", "shift_factor")  # measured after training
-FREE_FIELDS = (*LATENT_FIELDS, "grad_ckpt_settings")  # the same weights serve all values, so they are not compared
+TILING_FIELDS = (
+    *("use_spatial_tiling", "use_temporal_tiling", "tile_overlap_factor"),
+    *("sample_size", "sample_tsize", "spatial_tile_size", "temporal_tile_size"),
+)
+FREE_FIELDS = (  # the same weights serve all values, so they are not compared
+    *LATENT_FIELDS,
+    *TILING_FIELDS,
+    "grad_ckpt_settings",
+    *("scaling_factor", "model_name", "from_scratch"),  # of the DC-AE
+)
 
 
 def parse_dtype(name: str) -> DTypeLike:
@@ -172,7 +194,7 @@ def open_weights(path: Path, *, part: str | None = None) -> Mapping[str, Any]:
     Raises: UserError for a path that holds neither.
     """
     if not is_workdir(path):
-        return open_checkpoint(path, part=part)
+        return open_lpips(path) if is_lpips(path) else open_checkpoint(path, part=part)
     stored = Stored(path)
     return published_tensors(stored.meta["type"], stored.arrays())
 
@@ -217,7 +239,7 @@ def _initial(module: type, config: Any, abstract: nnx.State, paths: set[Any]) ->
     wanted = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(abstract) if path in paths}
 
     def init() -> list[jax.Array]:
-        made = dict(nnx.to_flat_state(nnx.state(module(config, rngs=nnx.Rngs(0)), nnx.Param)))
+        made = dict(nnx.to_flat_state(nnx.state(module(config, rngs=nnx.Rngs(0)))))
         return [made[path].get_value().astype(leaf.dtype) for path, leaf in wanted.items()]
 
     values = jax.jit(init, out_shardings=[leaf.sharding for leaf in wanted.values()])()

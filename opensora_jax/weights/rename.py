@@ -24,10 +24,14 @@ class Names:
 
     exceptions: tuple[tuple[str, str], ...]  # (pattern in the mechanical name, published form), applied in order
     tied: tuple[tuple[str, str], ...] = ()  # (published copy, published original): a copy may be absent
-    ignored: str | None = None  # pattern of published keys of parts that we do not have
+    ignored: str | None = None  # pattern of published keys of parts and constants that we do not have
 
 
 NAMES = {
+    "opensora_vae": Names(
+        exceptions=((r"^spatial_vae\.", "spatial_vae.module."), (r"\.to_out\.", ".to_out.0.")),
+        ignored=r"^(scale|shift)$",
+    ),
     "t5": Names(
         exceptions=(
             (r"^(block|final_layer_norm)\.", r"encoder.\1."),
@@ -48,7 +52,24 @@ NAMES = {
         ),
         ignored=r"^(vision_model|visual_projection|text_projection)\.|^logit_scale$|\.position_ids$",
     ),
+    "dc_ae": Names(exceptions=()),
+    "discriminator": Names(exceptions=(), ignored=r"\.num_batches_tracked$"),
+    "flux_ae": Names(
+        exceptions=(
+            (r"\.(down|up)_blocks\.", r".\1."),
+            (r"\.(down|up)samplers\.0\.", r".\1sample."),
+            (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
+            (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+            (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+            (r"\.resnets\.", ".block."),
+            (r"\.conv_shortcut\.", ".nin_shortcut."),
+            (r"\.(?:group|conv)_(norm)", r".\1"),
+            (r"\.to_([qkv])\.", r".\1."),
+            (r"\.to_out\.", ".proj_out."),
+        )
+    ),
     "hunyuan_vae": Names(exceptions=((r"\.to_out\.", ".to_out.0."),)),
+    "lpips": Names(exceptions=((r"^lins\.(\d)\.", r"lin\1.model.1."),), ignored=r"^(scaling_layer|lins)\."),
     "mmdit": Names(
         exceptions=(
             (r"_mlp\.in_layer\.", "_mlp.0."),

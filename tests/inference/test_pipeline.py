@@ -11,6 +11,7 @@ from opensora_jax.diffusion import sampler
 from opensora_jax.inference import outputs
 from opensora_jax.inference.pipeline import Pipeline, draw_noise, trim
 from opensora_jax.inference.request import Request, SamplingOption
+from opensora_jax.nn.tiling import Tiling, tiled_decode
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 
 OPTION = SamplingOption(
@@ -138,6 +139,32 @@ def test_references_of_a_batch_are_encoded_together_each_in_its_place(tmp_path):
         np.testing.assert_allclose(head, pixels[i, :, ::4, ::4], atol=0.01)
         np.testing.assert_allclose(tail, pixels[i - 1, :, ::4, ::4], atol=0.01)
     assert pipeline._references(batch, OPTION, "t2v") == [[], [], [], []]
+
+
+class TilingAutoencoder(Autoencoder):
+    """Decodes 2x2 latents at a time, and calls `watch` with each of these tiles."""
+
+    def __init__(self, watch):
+        super().__init__()
+        self.watch = watch
+
+    def decode(self, latent):
+        return tiled_decode(Tiling((4, 4, 4), True, True, False, 8, 8, 0.5), latent, self.decode_tile)
+
+    def decode_tile(self, tile):
+        self.watch(tile)
+        return super().decode(tile)
+
+
+def test_tiles_of_a_large_video_run_one_by_one():
+    seen = []
+    whole = make_pipeline(1)
+    tiled = replace(whole, autoencoder=TilingAutoencoder(seen.append))
+    ((_, expected),) = whole(REQUESTS[:1], OPTION, "t2v")
+    ((_, video),) = tiled(REQUESTS[:1], OPTION, "t2v")
+    np.testing.assert_allclose(video.astype(int), expected, atol=1)
+    assert [tile.shape[2:4] for tile in seen] == [(2, 2), (2, 2), (2, 1), (1, 2), (1, 2), (1, 1)]
+    assert not any(isinstance(tile, jax.core.Tracer) for tile in seen)
 
 
 def test_a_reference_that_is_no_image_is_refused(tmp_path):

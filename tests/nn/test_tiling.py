@@ -50,7 +50,7 @@ def random(*shape):
 
 
 @BOTH
-@pytest.mark.parametrize("size", [(3, 2, 3), (3, 7, 4), (17, 3, 4), (13, 5, 11), (19, 4, 7)])
+@pytest.mark.parametrize("size", [(3, 7, 4), (13, 5, 11), (17, 3, 4)])
 def test_tiles_of_a_network_without_context_add_up_to_the_whole(causal, size):
     tiling, (t, h, w) = replace(TILING, is_causal=causal), size
     video = random(2, causal + K * (t - causal), h * S, w * S, 2)

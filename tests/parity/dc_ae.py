@@ -17,7 +17,15 @@ from opensora_jax.config.build import build
 from opensora_jax.models import dc_ae as ours
 from opensora_jax.models.dc_ae_config import DCAEConfig, DecoderConfig, EncoderConfig
 from opensora_jax.nn.conv import Conv
-from opensora_jax.nn.efficient_vit import ConvLayer, EfficientViTBlock, GLUMBConv, LiteMLA, Residual, ResBlock, make_norm
+from opensora_jax.nn.efficient_vit import (
+    ConvLayer,
+    EfficientViTBlock,
+    GLUMBConv,
+    LiteMLA,
+    ResBlock,
+    Residual,
+    make_norm,
+)
 from opensora_jax.nn.pixel_shuffle import Averaging, Duplicating, pixel_shuffle, pixel_unshuffle
 from opensora_jax.weights.params import export_params, load_params
 from tests.parity import manifests

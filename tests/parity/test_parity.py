@@ -48,6 +48,7 @@ DRIVERS: dict[str, Driver] = {
     "hunyuan_vae_tiling": tiling.hunyuan_vae,
     "dcae_blocks": dc_ae.blocks,
     "dcae_core": dc_ae.network,
+    "dcae_tiling": tiling.dcae,
     "flux_ae": flux_ae.flux_ae,
     "opensora12_vae_temporal": opensora_vae.temporal,
     "opensora12_vae_pipeline": opensora_vae.pipeline,
@@ -85,7 +86,6 @@ PENDING: dict[str, str] = {
     "manifest:stdit3": STDIT3,
     "gan_losses": GAN,
     "vae_train_step": GAN,
-    "dcae_tiling": AUTOENCODERS,
 }
 
 

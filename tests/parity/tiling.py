@@ -1,16 +1,21 @@
 """Encoding and decoding in tiles, each tile a call of its own as in `encode` and `decode` of the commands."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
+from opensora_jax.models.dc_ae import DCAE
 from opensora_jax.models.hunyuan_vae import HunyuanVAE
 from opensora_jax.weights.params import load_params
+from tests.parity import dc_ae
 from tests.parity.autoencoder import config_of
 from tests.parity.golden import QUICK, Golden, Tolerance, channels_first, channels_last
 
@@ -19,28 +24,47 @@ ONE_WAY = {"spatial": (True, False), "temporal": (False, True)}  # inputs of oth
 
 
 def hunyuan_vae(golden: Golden) -> None:
-    """Drive `hunyuan_vae_tiling*`: one network, tiled as the name of each input says."""
+    """Drive `hunyuan_vae_tiling*`."""
     config = config_of(golden.about["config"]["model"])
     weights = {name: np.asarray(value, np.float32) for name, value in golden.params()[1].items()}  # stored in float16
     graph, shapes = nnx.split(nnx.eval_shape(lambda: HunyuanVAE(config, rngs=nnx.Rngs(0))))
     model = nnx.merge(graph, load_params("hunyuan_vae", weights, shapes))
     with _quick(model, "moments"), _quick(model, "reconstruct"):
-        for name, value in golden.part("in/").items():
-            kind, case = name.split("_", 1)
-            spatial, temporal = ONE_WAY.get(case, (True, True))
-            model.config = replace(config, use_spatial_tiling=spatial, use_temporal_tiling=temporal)
-            if kind == "z":
-                golden.compare(f"out/{case}_decode", channels_first(model.decode(channels_last(value))), OUTPUT)
-            else:
-                _compare_encoded(golden, case, model, channels_last(value))
+        _compare(golden, model, _of_moments)
 
 
-def _compare_encoded(golden: Golden, case: str, model: HunyuanVAE, video: Array) -> None:
+def dcae(golden: Golden) -> None:
+    """Drive `dcae_tiling*`."""
+    config = dc_ae.config_of(golden.about["config"]["dotlist"])
+    model = nnx.merge(*dc_ae.load(partial(DCAE, config), dc_ae.weights_of(golden)))
+    with _quick(model, "project"), _quick(model, "reconstruct"):
+        _compare(golden, model, _of_latent)
+
+
+def _compare(
+    golden: Golden, model: HunyuanVAE | DCAE, encoded: Callable[[HunyuanVAE | DCAE, Array], dict[str, Array]]
+) -> None:
+    """Compare all inputs, each tiled as its name says; `encoded` gives what there is of a video beside `z`."""
+    base = model.config
+    for name, value in golden.part("in/").items():
+        kind, case = name.split("_", 1)
+        spatial, temporal = ONE_WAY.get(case, (True, True))
+        model.config = replace(base, use_spatial_tiling=spatial, use_temporal_tiling=temporal)
+        x = channels_last(value)
+        found = {"decode": model.decode(x)} if kind == "z" else {"z": model.encode(x)} | encoded(model, x)
+        for key, one in found.items():
+            golden.compare(f"out/{case}_{key}", channels_first(one), OUTPUT)
+
+
+def _of_moments(model: HunyuanVAE, video: Array) -> dict[str, Array]:
     posterior = model.posterior(video)
-    moments = np.concatenate([posterior.mean, posterior.logvar], -1)
-    golden.compare(f"out/{case}_moments", channels_first(moments), OUTPUT)
-    golden.compare(f"out/{case}_untiled_moments", channels_first(model.moments(video)), OUTPUT)
-    golden.compare(f"out/{case}_z", channels_first(model.encode(video)), OUTPUT)
+    moments = jnp.concatenate([posterior.mean, posterior.logvar], -1)
+    return {"moments": moments, "untiled_moments": model.moments(video)}
+
+
+def _of_latent(model: DCAE, video: Array) -> dict[str, Array]:
+    model.config = replace(model.config, use_spatial_tiling=False, use_temporal_tiling=False)
+    return {"untiled_z": model.encode(video)}
 
 
 def _quick(model: nnx.Module, method: str) -> AbstractContextManager:

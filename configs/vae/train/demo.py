@@ -49,7 +49,15 @@ def get_config() -> ConfigDict:
             # resolution: {frames: (probability, batch size)}
             "bucket_config": {"32px_ar1:1": {9: (1.0, 4)}},
             "small_buckets": "repeat",  # a handful of videos is enough to try
-            "vae_loss_config": {"l1_loss_weight": 0.0, "l2_loss_weight": 1.0, "kl_loss_weight": 1e-3},
+            "vae_loss_config": {
+                "l1_loss_weight": 0.0,
+                "l2_loss_weight": 1.0,
+                "kl_loss_weight": 1e-3,
+                "perceptual_loss_weight": 0.0,  # with a weight, LPIPS is read from `lpips`
+                "logvar_init": 0.0,
+                "reduction": "mean",
+            },
+            "lpips": {"type": "lpips", "from_pretrained": placeholder(str), "widths": (64, 128, 256, 512, 512)},
             "optim": {
                 "cls": "muon",
                 "lr": 0.04,
