@@ -25,6 +25,7 @@ from opensora_jax.data.clips import ClipDataset, ImageSteps, assigned_rows
 from opensora_jax.data.loader import make_loader
 from opensora_jax.data.plan import Plan
 from opensora_jax.data.records import read_table
+from opensora_jax.models.codec import Codec
 from opensora_jax.parallel.mesh import MeshConfig, data_shards, make_mesh
 from opensora_jax.training import reconstruction, vae
 from opensora_jax.training.loop import LoopConfig, Run
@@ -109,11 +110,11 @@ def main(argv: list[str]) -> Path | None:
         ),
     )
     if jax.process_index() == 0 and not is_measured(config.workdir, int(state.step)):
-        model = nnx.merge(graphdef, state.ema if ema else state.params)
+        codec = Codec(nnx.merge(graphdef, state.ema if ema else state.params), mesh)
         rows = assigned_rows(training, buckets, config.seed)[: config.validation.latent_clips]
-        latent = reconstruction.measure_latent(model, source, rows, rows[0][0].batch_size)
+        latent = reconstruction.measure_latent(codec, source, rows, rows[0][0].batch_size)
         write_json(config.workdir / "latent.json", latent)
-        measured = validate(config, model, held_out, held_out_rows)
+        measured = validate(config, codec, held_out, held_out_rows)
         write_json(config.workdir / "validation.json", {"step": int(state.step)} | measured)
         logging.info("held-out clips: %s", measured)
     return config.workdir
@@ -148,13 +149,11 @@ def split(table: pa.Table, config: ValidationConfig, buckets: Buckets, seed: int
     return table.take(np.setdiff1d(np.arange(len(table)), held_out)), table.take(np.sort(held_out))
 
 
-def validate(
-    config: TrainVAEConfig, model: nnx.Module, table: pa.Table, rows: list[tuple[Bucket, int]]
-) -> dict[str, Any]:
+def validate(config: TrainVAEConfig, codec: Codec, table: pa.Table, rows: list[tuple[Bucket, int]]) -> dict[str, Any]:
     """Writes the reconstructions of a table's clips and returns their error."""
     clips, captions = config.dataset.source(table), table["text"].to_pylist()
     folder, batch_size = config.workdir / "reconstructions", rows[0][0].batch_size
-    return reconstruction.validate(model, clips, rows, captions, batch_size, folder)
+    return reconstruction.validate(codec, clips, rows, captions, batch_size, folder)
 
 
 def is_measured(workdir: Path, step: int) -> bool:

@@ -56,8 +56,8 @@ class LatentWriter:
         if self.building.exists():
             shutil.rmtree(self.building)
         self.building.mkdir(parents=True)
-        self._texts = _Records(self.building / "texts.array_record")
-        self._latents = _Records(self.building / "latents.array_record")
+        self._texts = Records(self.building / "texts.array_record")
+        self._latents = Records(self.building / "latents.array_record")
         self._captions: dict[str, int] = {}
         self._rows: list[dict[str, Any]] = []
         self._shapes: dict[Any, tuple[int, ...]] = {}
@@ -184,7 +184,7 @@ class CachedBuckets:
         return Assignment(found, tuple(buckets.values()), (reason,) if missing else ())
 
 
-class _Records:
+class Records:
     """Writes arrays as float32 safetensors blobs, with the disk's errors as OSError."""
 
     def __init__(self, path: Path):

@@ -1,17 +1,15 @@
 """Runs the frozen encoders over a data set once: latents and text embeddings to the cache that training reads."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from jax import Array
-from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
@@ -21,6 +19,7 @@ from opensora_jax.data.latents import LatentCache, LatentWriter
 from opensora_jax.data.loader import ClipSource
 from opensora_jax.data.records import read_table
 from opensora_jax.inference.prompt import TextEncoderConfig, TextEncoders
+from opensora_jax.models.codec import Codec
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights.pretrained import AUTOENCODERS, fingerprint, load, parse_dtype
 
@@ -34,6 +33,13 @@ class EncodeConfig:
     batch_size: int
     posterior: Literal["mode", "sample"]
     seed: int
+
+    def keys(self, rows: Sequence[int]) -> Array | None:
+        """Returns a key for each clip of a batch, which short ones fill up by starting again; None for modes."""
+        if self.posterior == "mode":
+            return None
+        filled = np.resize(np.asarray(rows, np.uint32), self.batch_size)
+        return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(self.seed), row))(filled)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,12 @@ def run(job: EncodeJob) -> LatentCache:
     captions = table["text"].to_pylist()
     text_ids = _write_texts(writer, texts, sorted({captions[row] for _, row in rows} - {""}))
     _write_latents(
-        writer, autoencoder, dataset.source(table), rows, {row: text_ids[captions[row]] for _, row in rows}, config
+        writer,
+        Codec(autoencoder, mesh),
+        dataset.source(table),
+        rows,
+        {row: text_ids[captions[row]] for _, row in rows},
+        config,
     )
     return LatentCache(writer.finish(), key)
 
@@ -96,36 +107,18 @@ def _write_texts(writer: LatentWriter, texts: TextEncoders, captions: list[str])
 
 def _write_latents(
     writer: LatentWriter,
-    autoencoder: Any,
+    codec: Codec,
     source: ClipSource,
     rows: list[tuple[Bucket, int]],
     text_ids: dict[int, int],
     config: EncodeConfig,
 ) -> None:
-    latents_of, counted = _encoder(autoencoder, config), 0
+    counted = 0
     for bucket, ids, clips in read_once(source, rows, config.batch_size, "encode clips"):
-        padded = np.resize(np.asarray(ids, np.uint32), config.batch_size)
-        for row, latent in zip(ids, np.asarray(latents_of(clips, padded)), strict=False):
+        latents = codec.encode(clips, config.keys(ids))
+        for row, latent in zip(ids, np.asarray(latents), strict=False):
             fps, path = source.facts["fps"][row].item(), str(source.paths[row])
             writer.add_latent(row, bucket, latent, text_ids[row], fps, path)
             counted += 1
     if not counted:
         raise UserError(f"none of the {len(rows)} clips could be encoded: see the warnings above")
-
-
-def _encoder(autoencoder: Any, config: EncodeConfig) -> Callable[[Array, Array], Array]:
-    """Returns what maps clips of bytes and their rows to latents; the autoencoder compiles its own parts."""
-
-    def latents(video: Array, ids: Array) -> Array:
-        pixels = _to_pixels(video)
-        if config.posterior == "mode":
-            return autoencoder.encode(pixels)
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(config.seed), row))(ids)
-        return jax.vmap(lambda clip, key: autoencoder.encode(clip[None], key)[0])(pixels, keys)
-
-    return latents
-
-
-@jax.jit
-def _to_pixels(video: UInt8[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
-    return video.astype(jnp.float32) / 127.5 - 1.0

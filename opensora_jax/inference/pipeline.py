@@ -25,6 +25,7 @@ from opensora_jax.diffusion.guidance import StepGuidance, count_passes, plan_dis
 from opensora_jax.diffusion.sampler import Progress, Prompt, Velocity, branch_prompts, denoise
 from opensora_jax.inference.references import read_references
 from opensora_jax.inference.request import Request, SamplingOption, image_size, latent_shape
+from opensora_jax.models.codec import Codec
 from opensora_jax.parallel.batch import batch_sharding
 from opensora_jax.parallel.mesh import data_shards
 
@@ -97,13 +98,17 @@ class Pipeline:
             params,
             self._spread(noise),
             flow.schedule(option.num_steps, _alpha(option, (T, H, W), config.patch_size)),
-            _plan(option, cond_type, T),
+            _plan(option, cond_type, T, one_null_prompt=prompts["uncond_text"] is prompts["uncond"]),
             prompts=self._spread(prompts),
             condition=self._spread(jnp.concatenate([mask, reference], -1)) if config.cond_embed else None,
             guidance=option.guidance if config.guidance_embed else None,
             progress=progress,
         )
         return conditions.paste(cond_type, latents, mask, reference)
+
+    @property
+    def _codec(self) -> Codec:
+        return Codec(self.autoencoder, self.mesh)
 
     def _spread(self, batch: Any) -> Any:
         """Returns arrays split over the mesh along the batch axis."""
@@ -118,7 +123,7 @@ class Pipeline:
         size = image_size(option, self.denoiser.config.patch_size * max(self.autoencoder.strides[1:]))
         read = {request: read_references(request, cond_type, size, self.autoencoder) for request in set(batch)}
         places = [np.stack(clips) for clips in zip(*(read[request] for request in batch), strict=True)]
-        latents = [self.autoencoder.encode(self._spread(clips)) for clips in places]
+        latents = [self._codec.encode(clips) for clips in places]
         return [[place[i] for place in latents] for i in range(len(batch))]
 
     def _decode(self, latents: Array, num_frames: int, cond_type: str) -> Iterator[Video]:
@@ -126,7 +131,7 @@ class Pipeline:
         for start in range(0, len(latents), size):
             chunk = latents[start : start + size]
             padded = jnp.concatenate([chunk, jnp.repeat(chunk[-1:], size - len(chunk), axis=0)])
-            for video in np.asarray(_to_uint8(self.autoencoder.decode(padded)))[: len(chunk)]:
+            for video in np.asarray(self._codec.decode(padded))[: len(chunk)]:
                 yield trim(video, num_frames, cond_type, self.autoencoder)
 
 
@@ -161,10 +166,13 @@ def trim(
     return video[head * copies : len(video) - tail * copies]
 
 
-def _plan(option: SamplingOption, cond_type: str, latent_frames: int) -> list[StepGuidance]:
+def _plan(
+    option: SamplingOption, cond_type: str, latent_frames: int, *, one_null_prompt: bool = True
+) -> list[StepGuidance]:
     if option.method == "distill":
         return plan_distilled(option.num_steps, latent_frames)
-    return plan_steps(option.guidance_config, option.num_steps, cond_type, latent_frames)
+    config = option.guidance_config
+    return plan_steps(config, option.num_steps, cond_type, latent_frames, one_null_prompt=one_null_prompt)
 
 
 def _alpha(option: SamplingOption, shape: tuple[int, int, int], patch_size: int) -> float:
@@ -197,8 +205,3 @@ def _count(bar: tqdm, steps: Iterable) -> Iterator:
     for step in steps:
         yield step
         bar.update()
-
-
-@jax.jit
-def _to_uint8(pixels: Float[Array, "B T H W 3"]) -> UInt8[Array, "B T H W 3"]:
-    return jnp.floor((jnp.clip(pixels.astype(jnp.float32), -1, 1) + 1) * 127.5 + 0.5).astype(jnp.uint8)

@@ -19,12 +19,23 @@ DEEP = 64  # channels from which parts are faster
 Strides = tuple[int, int]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x: Float[Array, "N H W C"], kernel: Float[Array, "h w C D"], strides: Strides) -> Float[Array, "N p q D"]:
     """Returns the convolution of every image without padding, accumulated and returned in float32."""
+    outputs = x.shape[0] * math.prod(_outputs(x.shape, kernel.shape, strides))
+    large = kernel.shape[2] >= DEEP and outputs * math.prod(kernel.shape[:3]) > LARGEST_PART
+    return _large(x, kernel, strides) if large else _whole(x, kernel, strides)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _large(x: Array, kernel: Array, strides: Strides) -> Array:
     return jax.lax.platform_dependent(
         x, kernel, cpu=partial(_in_parts, strides=strides), default=partial(_whole, strides=strides)
     )
+
+
+def _outputs(x: tuple[int, ...], kernel: tuple[int, ...], strides: Strides) -> tuple[int, int]:
+    """Returns rows and columns of the result for two shapes."""
+    return (x[1] - kernel[0]) // strides[0] + 1, (x[2] - kernel[1]) // strides[1] + 1
 
 
 def _whole(x: Array, kernel: Array, strides: Strides) -> Array:
@@ -40,12 +51,9 @@ def _whole(x: Array, kernel: Array, strides: Strides) -> Array:
 
 def _in_parts(x: Array, kernel: Array, strides: Strides) -> Array:
     """Goes over strips of rows of one image at a time, or over several whole images where those are small."""
-    images, height, width, _ = x.shape
-    window, down = kernel.shape[0], strides[0]
-    rows, columns = ((height - window) // down + 1, (width - kernel.shape[1]) // strides[1] + 1)
+    images, window, down = len(x), kernel.shape[0], strides[0]
+    rows, columns = _outputs(x.shape, kernel.shape, strides)
     cost = columns * math.prod(kernel.shape[:3])  # of one row of outputs
-    if kernel.shape[2] < DEEP or images * rows * cost <= LARGEST_PART:
-        return _whole(x, kernel, strides)
     strips = -(-rows // max(1, LARGEST_PART // cost))
     if strips == 1:
         several = max(n for n in range(1, images + 1) if images % n == 0 and n * rows * cost <= LARGEST_PART)
@@ -61,11 +69,11 @@ def _in_parts(x: Array, kernel: Array, strides: Strides) -> Array:
 
 
 def _forward(x: Array, kernel: Array, strides: Strides) -> tuple[Array, tuple[Array, Array]]:
-    return convolve(x, kernel, strides), (x, kernel)
+    return _large(x, kernel, strides), (x, kernel)
 
 
 def _backward(strides: Strides, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, ...]:
     return jax.vjp(partial(_whole, strides=strides), *kept)[1](gradient)
 
 
-convolve.defvjp(_forward, _backward)
+_large.defvjp(_forward, _backward)

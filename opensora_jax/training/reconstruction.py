@@ -6,11 +6,11 @@ variance.
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, UInt8
@@ -20,55 +20,69 @@ from opensora_jax.data.buckets import Bucket
 from opensora_jax.data.clips import read_once
 from opensora_jax.data.loader import ClipSource
 from opensora_jax.data.video import write_video
+from opensora_jax.models.codec import Codec
 from opensora_jax.training.quality import psnr_db
-from opensora_jax.training.vae import to_bytes, to_pixels
 
-_pixels, _bytes = jax.jit(to_pixels), jax.jit(to_bytes)
 Clip = UInt8[np.ndarray, "T H W 3"]
 
 
-def latent_statistics(
-    posteriors: Iterable[tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]],
-) -> tuple[list[float], list[float]]:
-    """Returns the mean and standard deviation of each channel (the last axis) of latents drawn from (mean, variance).
+@dataclass(frozen=True)
+class LatentSums:
+    """Sums over latents drawn from (mean, variance), per channel in float64: their mean and deviation are exact.
 
     The spread of the draws counts too: a channel that the autoencoder hardly uses then stays small when the latent is
     normalised, instead of being blown up.
     """
-    count, total, squares = 0, np.zeros(()), np.zeros(())
-    for means, variances in posteriors:
-        means = np.asarray(means, np.float64).reshape(-1, means.shape[-1])
-        count += len(means)
-        total = total + means.sum(0)
-        squares = squares + (means**2 + np.asarray(variances, np.float64).reshape(means.shape)).sum(0)
-    mean = total / count
-    return mean.tolist(), np.sqrt(np.maximum(squares / count - mean**2, 1e-12)).tolist()
+
+    count: int = 0
+    total: Float[np.ndarray, "*Z"] | list[float] | float = 0.0
+    squares: Float[np.ndarray, "*Z"] | list[float] | float = 0.0
+
+    def add(self, means: Float[np.ndarray, "*B Z"], variances: Float[np.ndarray, "*B Z"]) -> "LatentSums":
+        """Returns the sums with these latents in them."""
+        flat = np.asarray(means, np.float64).reshape(-1, means.shape[-1])
+        squares = (flat**2 + np.asarray(variances, np.float64).reshape(flat.shape)).sum(0)
+        return LatentSums(self.count + len(flat), np.asarray(self.total) + flat.sum(0), self.squares + squares)
+
+    def result(self) -> tuple[list[float], list[float]]:
+        """Returns the mean and standard deviation of each channel."""
+        mean = np.asarray(self.total) / self.count
+        return mean.tolist(), np.sqrt(np.maximum(np.asarray(self.squares) / self.count - mean**2, 1e-12)).tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain numbers."""
+        return {
+            "count": self.count,
+            "total": np.asarray(self.total).tolist(),
+            "squares": np.asarray(self.squares).tolist(),
+        }
 
 
-def measure_latent(model: Any, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int) -> dict[str, Any]:
+def latent_statistics(
+    moments: Iterable[tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]],
+) -> tuple[list[float], list[float]]:
+    """Returns the mean and standard deviation of each channel (the last axis) of latents drawn from (mean, variance)."""
+    return reduce(lambda sums, pair: sums.add(*pair), moments, LatentSums()).result()
+
+
+def measure_latent(codec: Codec, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int) -> dict[str, Any]:
     """Returns the `shift_factor` and `scale_factor` per channel that give latents mean 0 and deviation 1."""
-
-    def moments(video):
-        posterior = model.posterior(_pixels(video))
-        return posterior.mean, jnp.exp(posterior.logvar)
-
     batches = read_once(source, rows, batch_size, "latent statistics")
-    kept = ([part[: len(ids)] for part in moments(video)] for _, ids, video in batches)
+    kept = ([part[: len(ids)] for part in codec.moments(video)] for _, ids, video in batches)
     mean, std = latent_statistics((np.asarray(m), np.asarray(v)) for m, v in kept)
     return {"shift_factor": mean, "scale_factor": (1 / np.asarray(std)).tolist(), "clips": len(rows)}
 
 
 def reconstruct(
-    model: Any, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int
+    codec: Codec, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int
 ) -> Iterator[tuple[int, Clip, Clip]]:
     """Yields (row, clip, reconstruction from the posterior's mode)."""
     for _, ids, video in read_once(source, rows, batch_size, "reconstructions"):
-        decoded = model.decode(model.encode(_pixels(video)))
-        yield from zip(ids, video, np.asarray(_bytes(decoded)), strict=False)
+        yield from zip(ids, video, np.asarray(codec.decode(codec.encode(video))), strict=False)
 
 
 def validate(
-    model: Any,
+    codec: Codec,
     source: ClipSource,
     rows: list[tuple[Bucket, int]],
     captions: list[str],
@@ -82,7 +96,7 @@ def validate(
     """
     folder.mkdir(parents=True, exist_ok=True)
     errors, lines = [], []
-    for row, clip, reconstruction in reconstruct(model, source, rows, batch_size):
+    for row, clip, reconstruction in reconstruct(codec, source, rows, batch_size):
         errors.append(psnr_db(clip / 255, reconstruction / 255).mean())
         fps = source.facts["fps"][row].item()
         name = f"{row:05d}_{Path(str(source.paths[row])).stem}.mp4"

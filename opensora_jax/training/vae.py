@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
+from opensora_jax.models.codec import to_pixels
 from opensora_jax.models.posterior import Posterior
 from opensora_jax.training.state import Batch, Loss, Metrics
 
@@ -34,16 +35,6 @@ class VAELossConfig:
     perceptual_loss_weight: float = 0.0  # of LPIPS
     logvar_init: float = 0.0
     reduction: Literal["mean", "sum"] = "mean"
-
-
-def to_pixels(video: UInt8[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
-    """Returns bytes as pixels in [-1, 1]."""
-    return video.astype(jnp.float32) / 127.5 - 1.0
-
-
-def to_bytes(pixels: Float[Array, "B T H W 3"]) -> UInt8[Array, "B T H W 3"]:
-    """Returns pixels in [-1, 1], clipped, as bytes."""
-    return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def only_current_frame_learns(model: nnx.Module) -> nnx.Module:

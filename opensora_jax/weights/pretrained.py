@@ -62,6 +62,8 @@ FREE_FIELDS = (  # the same weights serve all values, so they are not compared
     *TILING_FIELDS,
     "grad_ckpt_settings",
     *("scaling_factor", "model_name", "from_scratch"),  # of the DC-AE
+    "resolution",  # of Flux's autoencoder
+    *("scale", "shift", "micro_frame_size", "micro_batch_size"),  # of Open-Sora 1.2's
 )
 
 
@@ -134,6 +136,16 @@ def load(
         found = read_json(measured)
         config = replace(config, **{name: tuple(found[name]) for name in LATENT_FIELDS})
     return nnx.merge(_abstract(module, config, dtype)[0], params)
+
+
+def create(section: Section, kinds: Kinds, where: str, *, dtype: DTypeLike, mesh: Mesh, seed: int) -> nnx.Module:
+    """Returns the module of a section with random weights, made where they belong on the mesh."""
+    module, config = parse_model(section, kinds, where)
+    graph, shapes = _abstract(module, config, dtype)
+    init = jax.jit(
+        lambda: nnx.state(module(config, dtype=dtype, rngs=nnx.Rngs(seed))), out_shardings=param_shardings(shapes, mesh)
+    )
+    return nnx.merge(graph, init())
 
 
 def load_weights(

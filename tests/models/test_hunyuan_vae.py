@@ -59,3 +59,27 @@ def test_scale_and_shift_per_channel_cancel_between_encode_and_decode():
     latent, plain_latent = jitted(model, "encode")(video), jitted(plain, "encode")(video)
     np.testing.assert_allclose(latent, (plain_latent - np.arange(5, 0, -1)) * np.arange(1, 6), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(jitted(model, "decode")(latent), jitted(plain, "decode")(plain_latent), atol=1e-4)
+
+
+def test_only_what_is_larger_than_a_tile_is_cut(monkeypatch):
+    seen = []
+    monkeypatch.setattr(HunyuanVAE, "moments", lambda _, x: seen.append(x.shape[1:4]) or jnp.zeros((1, 2, 4, 2, 10)))
+    monkeypatch.setattr(
+        HunyuanVAE, "reconstruct", lambda _, z: seen.append(z.shape[1:4]) or jnp.zeros((1, 5, 16, 8, 3))
+    )
+    model = nnx.eval_shape(
+        lambda: HunyuanVAE(replace(CONFIG, use_spatial_tiling=True, sample_size=16), rngs=nnx.Rngs(0))
+    )
+    model.encode(jnp.zeros((1, 5, 16, 8, 3)), jax.random.key(0))
+    model.decode(jnp.zeros((1, 2, 4, 2, 5)))
+    assert seen == [(5, 16, 8), (2, 4, 2)]
+    seen.clear()
+    model.posterior(jnp.zeros((1, 5, 20, 8, 3)))
+    model.decode(jnp.zeros((1, 2, 5, 2, 5)))
+    assert seen == [(5, 16, 8), (5, 8, 8), (2, 4, 2), (2, 2, 2)]
+
+
+def test_tiles_that_are_no_whole_latents_are_refused():
+    replace(CONFIG, sample_size=20)
+    with pytest.raises(ValueError, match=r"multiple of 16 pixels .* got 20: use 16"):
+        replace(CONFIG, use_spatial_tiling=True, sample_size=20)

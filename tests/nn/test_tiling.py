@@ -113,7 +113,7 @@ def test_inside_jit_the_loop_is_unrolled_to_the_same(causal):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tile_overlap_factor": 1.0}, "from 0 to below 1: got 1.0"),
+        ({"tile_overlap_factor": 1.0}, "from 0 to 0.99: got 1.0"),
         ({"spatial_tile_size": 20}, "multiple of 12 pixels .* got 20: use 24"),
         ({"temporal_tile_size": 3}, "multiple of 8 frames .* got 3: use 8"),
     ],

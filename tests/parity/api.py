@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from opensora_jax.diffusion import conditions
-from opensora_jax.diffusion.guidance import StepGuidance, plan_steps
+from opensora_jax.diffusion.guidance import StepGuidance
 from opensora_jax.inference import pipeline
 from opensora_jax.inference.request import SamplingOption, latent_shape
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
@@ -85,16 +84,14 @@ def _sample(
         steps.extend(given)
         return given
 
-    def plan(*given):  # two different negative prompts, which only goldens have
-        return plan_steps(*given, one_null_prompt=one_null(inputs))
-
     model = nnx.merge(network.graphdef, network.params)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     sample = pipeline.Pipeline(model, fake, _no_text, mesh, len(noise), len(noise)).denoise
     references = read_references(inputs, len(noise)) or []
-    with mock.patch.object(pipeline, "plan_steps", plan):
-        latents = sample(noise, branch_prompts(inputs), references, option, cond_type, progress=watch)
-    return latents, steps
+    prompts = branch_prompts(inputs)
+    if one_null(inputs):  # as in use; two different negative prompts are what only goldens have
+        prompts["uncond"] = prompts["uncond_text"]
+    return sample(noise, prompts, references, option, cond_type, progress=watch), steps
 
 
 def _no_text(prompts: Sequence[str]) -> tuple[Array, Array]:

@@ -90,13 +90,6 @@ def test_images_teach_the_tap_of_the_current_frame_alone():
     assert gradient[-1].any()
 
 
-def test_bytes_become_pixels_and_come_back():
-    video = jnp.arange(256, dtype=jnp.uint8).reshape(1, 1, 1, 256, 1).repeat(3, -1)
-    pixels = vae.to_pixels(video)
-    assert (pixels.min(), pixels.max()) == (-1, 1)
-    np.testing.assert_array_equal(vae.to_bytes(pixels), video)
-
-
 def test_latent_statistics_are_those_of_all_values_together():
     parts = [np.random.default_rng(i).normal(i, 2, (2, 3, 2, 1, 4, 5)) for i in range(3)]
     mean, std = latent_statistics((means, spread**2) for means, spread in parts)

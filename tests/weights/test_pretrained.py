@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 from opensora_jax.config.errors import UserError
+from opensora_jax.models.hunyuan_vae import HunyuanVAEConfig
 from opensora_jax.models.mmdit import MMDiT, MMDiTConfig
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights import workdir
@@ -91,6 +93,12 @@ def assert_published(params, expected, dtype=jnp.float32):
     assert exported.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_array_equal(exported[key], value.astype(dtype), strict=True)
+
+
+def test_a_checkpoint_does_not_say_how_its_network_is_tiled():
+    plain = HunyuanVAEConfig(3, 3, 5, (4, 8, 8), 1, 2, 4, 4, False, 1.0, 0.0)
+    tiled = replace(plain, use_spatial_tiling=True, use_temporal_tiling=True, sample_size=64, sample_tsize=32)
+    assert describe("hunyuan_vae", plain) == describe("hunyuan_vae", replace(tiled, tile_overlap_factor=0.5))
 
 
 def test_a_file_goes_into_shards_of_the_mesh(file, mesh, published):

@@ -5,7 +5,8 @@ r"""Samples 129 frames at 256px with the published 11B model; base of the other 
         --config.cond_type=i2v_head --ref=first.png
 
 Hardware: accelerators with room for the parameters (22.2 GiB denoiser, 8.9 GiB T5) and for activations: a video is
-decoded in one piece. All devices share the layers (`mesh.tensor`); `batch_size` has to grow with `mesh.data`.
+decoded in tiles of at most 256 x 256 pixels, each with all frames (docs/vae.md). All devices share the layers
+(`mesh.tensor`); `batch_size` has to grow with `mesh.data`.
 Weights: hpcai-tech/Open-Sora-v2 in ./ckpts (docs/weights.md); `--config.folder=...` names another folder.
 Expected: samples/0000_raining-sea.mp4, 192 x 336 pixels at 24 frames a second, after 80 forward passes.
 Source: hpcaitech/Open-Sora, `configs/diffusion/inference/256px.py`; its seed is drawn anew in each run.
@@ -91,6 +92,11 @@ def get_config() -> ConfigDict:
                 "mid_block_add_attention": True,
                 "scale_factor": 0.476986,
                 "shift_factor": 0.0,
+                "use_spatial_tiling": True,
+                "use_temporal_tiling": False,
+                "sample_size": 256,  # a tile, in pixels
+                "sample_tsize": 64,  # a tile, in frames
+                "tile_overlap_factor": 0.25,
             },
             "t5": {"from_pretrained": folder + "/google/t5-v1_1-xxl", "max_length": 512},
             "clip": {"from_pretrained": folder + "/openai/clip-vit-large-patch14", "max_length": 77},

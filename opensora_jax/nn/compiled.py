@@ -1,0 +1,30 @@
+"""Methods of modules that run as one compiled program, also when they are called outside `jax.jit`.
+
+`nnx.jit` would do, but it returns the module's parameters as well, as if the call had changed them.
+"""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+R = TypeVar("R")
+
+
+def compiled(method: Callable[..., R]) -> Callable[..., R]:
+    """Returns the method of a module, of arrays to arrays, compiled once for every network and every shapes.
+
+    Inside another `jax.jit` it is a part of that program like any other function.
+    """
+
+    @partial(jax.jit, static_argnums=0)
+    def run(graph: nnx.GraphDef, params: Any, *arrays: Any) -> R:
+        return method(nnx.merge(graph, params), *arrays)
+
+    @wraps(method)
+    def call(self: nnx.Module, *arrays: Any) -> R:
+        return run(*nnx.split(self), *arrays)
+
+    return call

@@ -1,0 +1,181 @@
+"""Encoding and decoding in tiles that overlap and are blended: memory for one tile, whatever the length and size.
+
+This approximates the whole: a tile's norms and attention see the tile alone. The tiles are a Python loop, so outside
+`jax.jit` each of them runs by itself, and a compiled function of a tile compiles once per shape of tile, of which an
+axis has one for whole tiles and one or two at its end; inside `jax.jit` the loop is unrolled.
+Source: hpcaitech/Open-Sora, `opensora/models/hunyuan_vae/autoencoder_kl_causal_3d.py` and
+`opensora/models/dc_ae/models/dc_ae.py`, which follow tiling in diffusers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+OfTile = Callable[[Array], Array]
+TIME, ROWS, COLUMNS = 1, 2, 3  # axes of B T H W C
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How to cut: tile sizes in pixels and frames, and the share of a tile that the next one covers again.
+
+    `strides` are the pixels for one latent position. Where `is_causal`, the first frame has a latent of its own, so a
+    temporal tile takes one frame more, whose latent only the first tile keeps.
+    """
+
+    strides: tuple[int, int, int]
+    is_causal: bool
+    use_spatial_tiling: bool
+    use_temporal_tiling: bool
+    spatial_tile_size: int
+    temporal_tile_size: int
+    tile_overlap_factor: float
+
+    def __post_init__(self):
+        """Check that tiles and overlaps are whole latents: else the parts would not add up to the whole."""
+        if not 0 <= self.tile_overlap_factor <= 0.99:
+            raise ValueError(f"tile_overlap_factor is from 0 to 0.99: got {self.tile_overlap_factor}.")
+        time, *space = self.strides
+        if self.use_temporal_tiling:
+            self._check(self.temporal_tile_size, time, "frames")
+        if self.use_spatial_tiling:
+            self._check(self.spatial_tile_size, max(space), "pixels")
+
+    def _check(self, size: int, stride: int, unit: str) -> None:
+        whole = stride * Fraction(self.tile_overlap_factor).limit_denominator(1000).denominator
+        if size < 1 or size % whole:
+            raise ValueError(
+                f"A tile that overlaps by {self.tile_overlap_factor} has a multiple of {whole} {unit} "
+                f"(latents of {stride}): got {size}: use {max(1, round(size / whole)) * whole}."
+            )
+
+
+def tiled_encode(tiling: Tiling, video: Float[Array, "B T H W C"], encode_tile: OfTile) -> Float[Array, "B t h w Z"]:
+    """Returns `encode_tile(video)`, tile by tile where the video is larger than a tile.
+
+    `encode_tile` gives latents, or moments: of a posterior those are blended, never draws from it.
+    """
+    return _tiled(tiling, video, encode_tile, [_Span.of(*axis, encode=True) for axis in _axes(tiling)])
+
+
+def tiled_decode(tiling: Tiling, latent: Float[Array, "B t h w Z"], decode_tile: OfTile) -> Float[Array, "B T H W C"]:
+    """Returns `decode_tile(latent)`, tile by tile where the latent is larger than that of a tile."""
+    return _tiled(tiling, latent, decode_tile, [_Span.of(*axis, encode=False) for axis in _axes(tiling)])
+
+
+class _Span(NamedTuple):
+    """The tiles of one axis, counted in positions of what goes in (`tile`, `step`) and of what comes out."""
+
+    tile: int
+    step: int  # from one tile to the next
+    overlap: int
+    keep: int  # of each tile; the next one gives the rest
+
+    @classmethod
+    def of(cls, size: int, stride: int, factor: float, *, encode: bool) -> "_Span":
+        latents = size // stride
+        overlap = round(latents * factor)
+        before, after = (stride, 1) if encode else (1, stride)
+        return cls(latents * before, (latents - overlap) * before, overlap * after, (latents - overlap) * after)
+
+
+def _axes(tiling: Tiling) -> list[tuple[int, int, float]]:
+    sizes = (tiling.temporal_tile_size, tiling.spatial_tile_size, tiling.spatial_tile_size)
+    return [(size, stride, tiling.tile_overlap_factor) for size, stride in zip(sizes, tiling.strides, strict=True)]
+
+
+def _tiled(tiling: Tiling, x: Array, run: OfTile, spans: list[_Span]) -> Array:
+    """Time comes first; each of its tiles is cut in space like a video of its own."""
+    time, rows, columns = spans
+
+    def in_space(x: Array) -> Array:
+        if tiling.use_spatial_tiling and (x.shape[ROWS] > rows.tile or x.shape[COLUMNS] > columns.tile):
+            return _over_space(x, run, rows, columns)
+        return run(x)
+
+    if tiling.use_temporal_tiling and x.shape[TIME] > time.tile:
+        return _over_time(x, in_space, time, first=int(tiling.is_causal))
+    return in_space(x)
+
+
+def _over_time(x: Array, run: OfTile, span: _Span, first: int) -> Array:
+    """`first` is how many frames, 0 or 1, a tile has more because they stand for no others."""
+    kept, before = [], None
+    for start in range(0, x.shape[TIME] - first, span.step):
+        tile = jax.block_until_ready(run(_cut(x, {TIME: (start, span.tile + first)})))
+        if start:
+            tile = tile[:, first:]
+        join = _Join(TIME, span.overlap, span.keep + (0 if start else first))
+        part, (before,) = _joined(tile, (before,), (join,))
+        kept.append(part)
+    return jnp.concatenate(kept, TIME)
+
+
+def _over_space(x: Array, run: OfTile, rows: _Span, columns: _Span) -> Array:
+    """A tile is blended with the one above, then with the one on its left, both blended themselves and uncropped."""
+    joins = _Join(ROWS, rows.overlap, rows.keep), _Join(COLUMNS, columns.overlap, columns.keep)
+    bands: list[Array] = []
+    above: dict[int, Array] = {}
+    for top in range(0, x.shape[ROWS], rows.step):
+        band, left = [], None
+        for start in range(0, x.shape[COLUMNS], columns.step):
+            tile = run(_cut(x, {ROWS: (top, rows.tile), COLUMNS: (start, columns.tile)}))
+            tile = jax.block_until_ready(tile)  # or a CPU runs tiles side by side, with the memory of several
+            part, (above[start], left) = _joined(tile, (above.get(start), left), joins)
+            band.append(part)
+        bands.append(jnp.concatenate(band, COLUMNS))
+    return jnp.concatenate(bands, ROWS)
+
+
+def _cut(x: Array, tiles: dict[int, tuple[int, int]]) -> Array:
+    """Returns the part of `x` from start, of size or shorter at the border, along each axis."""
+    starts, sizes = [0] * x.ndim, list(x.shape)
+    for axis, (start, size) in tiles.items():
+        starts[axis], sizes[axis] = start, min(size, x.shape[axis] - start)
+    return jax.lax.dynamic_slice(x, starts, sizes)  # one compile for all starts
+
+
+class _Join(NamedTuple):
+    """How much of a tile is blended and kept along an axis."""
+
+    axis: int
+    overlap: int
+    keep: int
+
+
+@partial(jax.jit, static_argnames="joins")
+def _joined(tile: Array, before: tuple[Array | None, ...], joins: tuple[_Join, ...]) -> tuple[Array, list[Array]]:
+    """Returns what is kept of a tile, and its ends for the next tiles, after blending with the ends before it."""
+    for join, end in zip(joins, before, strict=True):
+        if end is not None:
+            tile = _blend(end, tile, join.axis)
+    ends = [_end(tile, join.overlap, join.axis) for join in joins]
+    for join in joins:
+        tile = jax.lax.slice_in_dim(tile, 0, min(join.keep, tile.shape[join.axis]), axis=join.axis)
+    return tile, ends
+
+
+def _end(tile: Array, overlap: int, axis: int) -> Array:
+    length = tile.shape[axis]
+    return jax.lax.slice_in_dim(tile, max(0, length - overlap), length, axis=axis)
+
+
+def _blend(before: Array, tile: Array, axis: int) -> Array:
+    """Returns the tile, its start mixed with the end of the one before.
+
+    The tile's share grows from 0 but does not reach 1; over fewer positions where either is shorter.
+    """
+    extent = min(before.shape[axis], tile.shape[axis])
+    share = np.arange(extent).reshape([extent if i == axis else 1 for i in range(tile.ndim)]) / max(1, extent)
+    start = jax.lax.slice_in_dim(tile, 0, extent, axis=axis)
+    mixed = _end(before, extent, axis) * jnp.float32(1 - share) + start * jnp.float32(share)
+    rest = jax.lax.slice_in_dim(tile, extent, tile.shape[axis], axis=axis)
+    return jnp.concatenate([mixed.astype(tile.dtype), rest], axis)

@@ -1,0 +1,255 @@
+"""What an autoencoder makes of your videos: `python -m opensora_jax.vae VERB --config=configs/vae/inference/demo.py`.
+
+encode       latents of all clips, in shards of a bounded size, in save_dir/latents
+reconstruct  clips beside what is left of them after encoding and decoding, as mp4, with PSNR, SSIM and LPIPS per clip
+stats        exact mean and standard deviation of each latent channel, in save_dir/stats.json
+A killed run continues where it stopped, with the same command.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from absl import logging
+from flax import nnx
+from pyarrow.csv import write_csv
+
+from opensora_jax.config.build import build
+from opensora_jax.config.command import Main, run_verbs
+from opensora_jax.config.errors import UserError
+from opensora_jax.config.files import write_json
+from opensora_jax.config.flag import config_flag
+from opensora_jax.data.buckets import Bucket, Buckets
+from opensora_jax.data.clips import ClipDataset, assigned_rows, read_once
+from opensora_jax.data.latent_shards import LatentShards
+from opensora_jax.data.loader import ClipSource
+from opensora_jax.data.records import read_table
+from opensora_jax.data.video import write_video
+from opensora_jax.inference.encode import EncodeConfig
+from opensora_jax.models.codec import Codec, to_pixels
+from opensora_jax.parallel.mesh import MeshConfig, make_mesh
+from opensora_jax.training.quality import psnr_db, ssim
+from opensora_jax.training.reconstruction import LatentSums
+from opensora_jax.weights.pretrained import AUTOENCODERS, CRITICS, create, fingerprint, load, parse_dtype, parse_model
+
+CONFIG = config_flag()
+Rows = list[tuple[Bucket, int]]
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """A config of configs/vae/inference; names are the original's."""
+
+    folder: str
+    save_dir: Path
+    dtype: str
+    model: dict[str, Any]  # type, where its weights are (None: random ones), and the fields of that type
+    lpips: dict[str, Any]  # where the weights of the perceptual distance are (None: it is left out)
+    dataset: ClipDataset
+    bucket_config: dict[str, dict[int, Any]]
+    encode: EncodeConfig
+    num_samples: int | None  # clips used; None for all
+    shard_clips: int  # latents in a file
+    mesh: MeshConfig
+
+    def __post_init__(self):
+        """Check what no other section knows."""
+        if self.shard_clips < 1 or self.shard_clips % self.encode.batch_size:
+            raise ValueError(
+                f"shard_clips is a multiple of encode.batch_size = {self.encode.batch_size}: got {self.shard_clips}"
+            )
+
+
+@dataclass(frozen=True)
+class Work:
+    """An autoencoder and the clips to use it on, both loaded; `key` is a hash of them and of the settings."""
+
+    config: VAEConfig
+    codec: Codec
+    table: pa.Table
+    source: ClipSource
+    rows: Rows
+    key: str
+
+    def batches(self, rows: Rows, title: str) -> Iterator[tuple[Bucket, list[int], np.ndarray]]:
+        """Yields (bucket, rows, clips), the last clips of a short batch being copies."""
+        return read_once(self.source, rows, self.config.encode.batch_size, title)
+
+    def about(self, bucket: Bucket, row: int) -> dict[str, Any]:
+        """Returns what a clip is."""
+        fps = self.source.facts["fps"][row].item()
+        return {
+            "row": row,
+            "path": str(self.source.paths[row]),
+            "text": self.table["text"][row].as_py(),
+            "num_frames": bucket.num_frames,
+            "height": bucket.height,
+            "width": bucket.width,
+            "fps": fps,
+        }
+
+
+def prepare() -> Work:
+    """Returns the work of the config. Raises: UserError for sizes or weights that do not fit, before any is loaded."""
+    config = build(VAEConfig, CONFIG.value, "config")
+    module, fields = parse_model(config.model, AUTOENCODERS, "config.model")
+    table = read_table(config.dataset.data_path)
+    buckets = Buckets(config.bucket_config, spatial_unit=config.dataset.spatial_unit, fps_max=config.dataset.fps_max)
+    rows = assigned_rows(table, buckets, config.encode.seed)[: config.num_samples]
+    check_sizes(nnx.eval_shape(lambda: module(fields, rngs=nnx.Rngs(0))), [bucket for bucket, _ in rows])
+    mesh, dtype = make_mesh(config.mesh), parse_dtype(config.dtype)
+    if config.model["from_pretrained"] is None:
+        logging.warning("config.model.from_pretrained is None: the autoencoder has random weights")
+        model: Any = create(config.model, AUTOENCODERS, "config.model", dtype=dtype, mesh=mesh, seed=config.encode.seed)
+    else:
+        model = load(config.model, AUTOENCODERS, "config.model", dtype=dtype, mesh=mesh)
+    files = table.select(["path", "text", "size_bytes", "mtime_ns"]).to_pylist()
+    parts = (fingerprint(model), model.config, config.dtype, config.encode, config.dataset.fps_max, files, rows)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return Work(config, Codec(model, mesh), table, config.dataset.source(table), rows, key)
+
+
+def check_sizes(autoencoder: Any, buckets: list[Bucket]) -> None:
+    """Raises: UserError naming the first bucket whose clips the autoencoder cannot take."""
+    for bucket in dict.fromkeys(buckets):
+        try:
+            autoencoder.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+        except ValueError as error:
+            raise UserError(f"config.bucket_config {bucket.resolution}, {bucket.num_frames} frames: {error}") from error
+
+
+def encode(argv: list[str]) -> Path:
+    """Writes the latents that are missing; returns save_dir."""
+    work = prepare()
+    config, size = work.config, work.config.shard_clips
+    shards = LatentShards(config.save_dir / "latents", work.key)
+    parts = [work.rows[start : start + size] for start in range(0, len(work.rows), size)]
+    todo = [number for number in range(len(parts)) if not shards.is_finished(number)]
+    for number in todo:
+        about, latents = [], []
+        for bucket, ids, clips in work.batches(parts[number], f"shard {number + 1} of {len(parts)}"):
+            found = work.codec.encode(clips, config.encode.keys(ids))
+            latents += list(np.asarray(found, np.float32)[: len(ids)])
+            about += [work.about(bucket, row) for row in ids]
+        if not about:
+            raise UserError(f"none of the {len(parts[number])} clips of shard {number} can be read: see the warnings")
+        shards.write(number, about, latents)
+    print(f"{shards.folder}: {len(shards.index())} latents in {len(parts)} shards, {len(todo)} of them new")
+    return config.save_dir
+
+
+def reconstruct(argv: list[str]) -> Path:
+    """Writes the reconstructions that are missing and the table of all; returns save_dir."""
+    work = prepare()
+    folder = work.config.save_dir / "reconstructions"
+    folder.mkdir(parents=True, exist_ok=True)
+    distance = make_lpips(work.config)
+    done = {row: found for _, row in work.rows if (found := finished(folder, row, work.key)) is not None}
+    for bucket, ids, clips in work.batches([pair for pair in work.rows if pair[1] not in done], "reconstruct"):
+        decoded = np.asarray(work.codec.decode(work.codec.encode(clips)))
+        far = distance(clips, decoded)
+        for place, row in enumerate(ids):
+            about = work.about(bucket, row)
+            about |= measure(clips[place], decoded[place]) | {name: value[place] for name, value in far.items()}
+            done[row] = save(folder, about, clips[place], decoded[place], work.key)
+    if not done:
+        raise UserError(f"none of the {len(work.rows)} clips can be read: see the warnings above")
+    lines = [done[row] for row in sorted(done)]
+    write_csv(pa.Table.from_pylist(lines), work.config.save_dir / "reconstructions.csv")
+    write_json(work.config.save_dir / "reconstructions.json", summary(lines))
+    print(f"{folder}: {len(lines)} clips, source on the left; {describe(summary(lines))}")
+    return work.config.save_dir
+
+
+def stats(argv: list[str]) -> Path:
+    """Writes the statistics of the latent's channels; returns save_dir."""
+    work = prepare()
+    folder, partial = work.config.save_dir, work.config.save_dir / "stats.partial.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    sums, start = LatentSums(), 0
+    if partial.is_file() and (saved := json.loads(partial.read_text()))["key"] == work.key:
+        sums, start = LatentSums(**saved["sums"]), saved["next"]
+    for _, ids, clips in work.batches(work.rows[start:], "latent statistics"):
+        mean, variance = (np.asarray(part)[: len(ids)] for part in work.codec.moments(clips))
+        sums = sums.add(mean, variance)
+        start = 1 + max(place for place, (_, row) in enumerate(work.rows) if row in set(ids))
+        write_json(partial, {"key": work.key, "next": start, "sums": sums.to_dict()})
+    shift, deviation = sums.result()
+    scale = (1 / np.asarray(deviation)).tolist()
+    found = {"shift_factor": shift, "scale_factor": scale, "mean": shift, "std": deviation, "clips": start}
+    write_json(folder / "stats.json", found)
+    partial.unlink(missing_ok=True)
+    for channel, pair in enumerate(zip(shift, deviation, strict=True)):
+        print(f"channel {channel:>3}  mean {pair[0]:>9.4f}  deviation {pair[1]:>9.4f}")
+    print(f"{folder / 'stats.json'}: {len(shift)} channels over {start} clips")
+    return folder
+
+
+def make_lpips(config: VAEConfig) -> Callable[[np.ndarray, np.ndarray], dict[str, list[float]]]:
+    """Returns what maps two batches of bytes to {"lpips": one per clip}, or to nothing without weights."""
+    if config.lpips["from_pretrained"] is None:
+        return lambda a, b: {}
+    kinds, mesh = {"lpips": CRITICS["lpips"]}, make_mesh(config.mesh)
+    graph, params = nnx.split(load(config.lpips, kinds, "config.lpips", dtype=jnp.float32, mesh=mesh))
+
+    def distance(a: np.ndarray, b: np.ndarray) -> dict[str, list[float]]:
+        frames = nnx.merge(graph, params)(to_pixels(jnp.asarray(a)), to_pixels(jnp.asarray(b)))
+        return {"lpips": np.asarray(frames).mean(-1).tolist()}
+
+    return distance
+
+
+def measure(clip: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
+    """Returns how close a reconstruction is, as means over frames; frames below 11 pixels have no SSIM."""
+    a, b = clip / np.float32(255), reconstruction / np.float32(255)
+    found = {"psnr_db": float(psnr_db(a, b).mean())}
+    return found | ({"ssim": float(ssim(a, b).mean())} if min(clip.shape[1:3]) >= 11 else {})
+
+
+def save(folder: Path, about: dict[str, Any], clip: np.ndarray, reconstruction: np.ndarray, key: str) -> dict[str, Any]:
+    """Writes source and reconstruction side by side, then their record, and returns the record."""
+    stem = f"{about['row']:05d}_{Path(about['path']).stem}"
+    fps = 1.0 if math.isnan(about["fps"]) else about["fps"]
+    file = write_video(folder / f"{stem}.mp4", np.concatenate([clip, reconstruction], axis=2), fps)
+    record = {"file": file.name, **about}
+    write_json(folder / f"{about['row']:05d}.json", record | {"key": key})
+    return record
+
+
+def finished(folder: Path, row: int, key: str) -> dict[str, Any] | None:
+    """Returns the record of a reconstruction that is there already, made by the same work."""
+    try:
+        record = json.loads((folder / f"{row:05d}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record if record.pop("key") == key and (folder / record["file"]).is_file() else None
+
+
+def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns mean and worst of every measure over the clips that have it."""
+    found: dict[str, Any] = {"clips": len(lines)}
+    for name, worst in (("psnr_db", min), ("ssim", min), ("lpips", max)):
+        values = [line[name] for line in lines if name in line]
+        if values:
+            found |= {name: float(np.mean(values)), f"{name}_worst": worst(values)}
+    return found
+
+
+def describe(found: dict[str, Any]) -> str:
+    """Returns a summary as text."""
+    names = [name for name in ("psnr_db", "ssim", "lpips") if name in found]
+    return ", ".join(f"{name} {found[name]:.3f} (worst {found[f'{name}_worst']:.3f})" for name in names)
+
+
+VERBS: dict[str, Main] = {"encode": encode, "reconstruct": reconstruct, "stats": stats}
+
+
+if __name__ == "__main__":
+    run_verbs(VERBS)
