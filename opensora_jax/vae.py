@@ -50,8 +50,8 @@ class VAEConfig:
     folder: str
     save_dir: Path
     dtype: str
-    model: dict[str, Any]  # type, where its weights are (None: random ones), and the fields of that type
-    lpips: dict[str, Any]  # where the weights of the perceptual distance are (None: it is left out)
+    model: dict[str, Any]  # type, where its weights are (empty: random ones), and the fields of that type
+    lpips: dict[str, Any]  # where the weights of the perceptual distance are (empty: it is left out)
     dataset: ClipDataset
     bucket_config: dict[str, dict[int, Any]]
     encode: EncodeConfig
@@ -105,8 +105,8 @@ def prepare() -> Work:
     rows = assigned_rows(table, buckets, config.encode.seed)[: config.num_samples]
     check_sizes(nnx.eval_shape(lambda: module(fields, rngs=nnx.Rngs(0))), [bucket for bucket, _ in rows])
     mesh, dtype = make_mesh(config.mesh), parse_dtype(config.dtype)
-    if config.model["from_pretrained"] is None:
-        logging.warning("config.model.from_pretrained is None: the autoencoder has random weights")
+    if not config.model["from_pretrained"]:
+        logging.warning("config.model.from_pretrained is empty: the autoencoder has random weights")
         model: Any = create(config.model, AUTOENCODERS, "config.model", dtype=dtype, mesh=mesh, seed=config.encode.seed)
     else:
         model = load(config.model, AUTOENCODERS, "config.model", dtype=dtype, mesh=mesh)
@@ -194,7 +194,7 @@ def stats(argv: list[str]) -> Path:
 
 def make_lpips(config: VAEConfig) -> Callable[[np.ndarray, np.ndarray], dict[str, list[float]]]:
     """Returns what maps two batches of bytes to {"lpips": one per clip}, or to nothing without weights."""
-    if config.lpips["from_pretrained"] is None:
+    if not config.lpips["from_pretrained"]:
         return lambda a, b: {}
     kinds, mesh = {"lpips": CRITICS["lpips"]}, make_mesh(config.mesh)
     graph, params = nnx.split(load(config.lpips, kinds, "config.lpips", dtype=jnp.float32, mesh=mesh))

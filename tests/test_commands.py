@@ -196,6 +196,59 @@ def test_a_second_run_reuses_what_is_there(world, command, tmp_path):
     assert {Path(name).name for name in changed if "tensorboard" not in name} <= lists
 
 
+def vae_use_flags(world: Path, folder: Path, *more: str) -> list[str]:
+    """Returns the arguments of the vae command on the world's autoencoder and its held-out clips."""
+    size = [*setting("model", *AUTOENCODER), "--config.encode.batch_size=4", "--config.shard_clips=8"]
+    where = [f"--config.folder={world}", f"--config.save_dir={folder}", "--config.num_samples=10"]
+    return ["--config=configs/vae/inference/demo.py", *where, *size, *more]
+
+
+def test_an_autoencoder_shows_measures_and_keeps_what_it_makes_of_clips(world, command, tmp_path):
+    flags = vae_use_flags(world, tmp_path)
+    said = command("vae", "reconstruct", *flags).stdout
+    assert "10 clips, source on the left; psnr_db" in said
+    (first, *others) = sorted((tmp_path / "reconstructions").glob("*.mp4"))
+    assert (video.probe(first).width, video.probe(first).height, len(others)) == (64, 32, 9)
+    lines = (tmp_path / "reconstructions.csv").read_text().splitlines()
+    assert len(lines) == 11
+    assert {"psnr_db", "ssim", "path", "text"} <= set(lines[0].replace('"', "").split(","))
+    first.unlink()  # as if the run had been killed: only this one is made again
+    before = files(tmp_path / "reconstructions")
+    assert command("vae", "reconstruct", *flags).stdout == said
+    assert len(set(files(tmp_path / "reconstructions").items()) - set(before.items())) == 2
+    random = vae_use_flags(world, tmp_path / "random", "--config.model.from_pretrained=", "--config.num_samples=2")
+    assert "the autoencoder has random weights" in command("vae", "reconstruct", *random).stderr
+
+
+def test_latents_are_encoded_in_shards_that_are_continued(world, command, tmp_path):
+    flags = vae_use_flags(world, tmp_path)
+    assert "10 latents in 2 shards, 2 of them new" in command("vae", "encode", *flags).stdout
+    (tmp_path / "latents" / "latents-00001.parquet").unlink()
+    assert "10 latents in 2 shards, 1 of them new" in command("vae", "encode", *flags).stdout
+    moved = command("vae", "encode", *flags, "--config.encode.posterior=sample", status=1)
+    assert "other weights, clips or settings" in moved.stderr
+
+
+def test_latent_statistics_do_not_depend_on_the_mesh(world, command, tmp_path):
+    found = []
+    for name, mesh, environment in (("one", (), {}), ("eight", setting("mesh", *PARTS), EIGHT_DEVICES)):
+        folder = tmp_path / name
+        command("vae", "stats", *vae_use_flags(world, folder, *mesh), environment=environment)
+        found.append(json.loads((folder / "stats.json").read_text()))
+    assert found[0]["clips"] == found[1]["clips"] == 10
+    np.testing.assert_allclose(found[0]["mean"], found[1]["mean"], atol=1e-5)
+    np.testing.assert_allclose(found[0]["std"], found[1]["std"], rtol=1e-5)
+    training = json.loads((world / "vae" / "latent.json").read_text())
+    assert np.shape(found[0]["scale_factor"]) == np.shape(training["scale_factor"])
+
+
+def test_frames_that_an_autoencoder_cannot_take_are_refused_before_it_is_loaded(world, command, tmp_path):
+    flags = vae_use_flags(world, tmp_path / "out", "--config.bucket_config['32px_ar1:1']={8: (1.0, 1)}")
+    refused = command("vae", "stats", *flags, "--config.model.from_pretrained=nowhere", status=1).stderr
+    assert "32px_ar1:1, 8 frames: The autoencoder takes 1 + 4 n frames: got 8: use 5 or 9." in refused
+    assert not (tmp_path / "out").exists()
+
+
 T2I2V = """
 from configs.diffusion.inference import demo
 

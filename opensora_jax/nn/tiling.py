@@ -110,7 +110,7 @@ def _over_time(x: Array, run: OfTile, span: _Span, first: int) -> Array:
     """`first` is how many frames, 0 or 1, a tile has more because they stand for no others."""
     kept, before = [], None
     for start in range(0, x.shape[TIME] - first, span.step):
-        tile = jax.block_until_ready(run(_cut(x, {TIME: (start, span.tile + first)})))
+        tile = run(_cut(x, {TIME: (start, span.tile + first)}))
         if start:
             tile = tile[:, first:]
         join = _Join(TIME, span.overlap, span.keep + (0 if start else first))
@@ -128,7 +128,6 @@ def _over_space(x: Array, run: OfTile, rows: _Span, columns: _Span) -> Array:
         band, left = [], None
         for start in range(0, x.shape[COLUMNS], columns.step):
             tile = run(_cut(x, {ROWS: (top, rows.tile), COLUMNS: (start, columns.tile)}))
-            tile = jax.block_until_ready(tile)  # or a CPU runs tiles side by side, with the memory of several
             part, (above[start], left) = _joined(tile, (above.get(start), left), joins)
             band.append(part)
         bands.append(jnp.concatenate(band, COLUMNS))
