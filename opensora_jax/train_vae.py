@@ -18,6 +18,7 @@ from flax import nnx
 
 from opensora_jax.config.build import build
 from opensora_jax.config.command import run
+from opensora_jax.config.errors import UserError
 from opensora_jax.config.files import write_json
 from opensora_jax.config.flag import config_flag
 from opensora_jax.data.buckets import Bucket, Buckets
@@ -81,6 +82,8 @@ def main(argv: list[str]) -> Path | None:
     mesh = make_mesh(config.mesh)
     module, model_config = parse_model(config.model, AUTOENCODERS, "config.model")
     dtype, ema = parse_dtype(config.dtype), config.ema_decay is not None
+    if not hasattr(model_config, "scale_factor"):
+        raise UserError(f"train_vae trains hunyuan_vae and flux_ae: got config.model.type={config.model['type']!r}")
 
     dataset = config.dataset
     buckets = Buckets(config.bucket_config, spatial_unit=dataset.spatial_unit, fps_max=dataset.fps_max)

@@ -153,7 +153,7 @@ def reconstruct(argv: list[str]) -> Path:
     distance = make_lpips(work.config)
     done = {row: found for _, row in work.rows if (found := finished(folder, row, work.key)) is not None}
     for bucket, ids, clips in work.batches([pair for pair in work.rows if pair[1] not in done], "reconstruct"):
-        decoded = np.asarray(work.codec.decode(work.codec.encode(clips)))
+        decoded = np.asarray(work.codec.decode(work.codec.encode(clips), bucket.num_frames))
         far = distance(clips, decoded)
         for place, row in enumerate(ids):
             about = work.about(bucket, row)

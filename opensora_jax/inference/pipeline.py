@@ -131,7 +131,7 @@ class Pipeline:
         for start in range(0, len(latents), size):
             chunk = latents[start : start + size]
             padded = jnp.concatenate([chunk, jnp.repeat(chunk[-1:], size - len(chunk), axis=0)])
-            for video in np.asarray(self._codec.decode(padded))[: len(chunk)]:
+            for video in np.asarray(self._codec.decode(padded, num_frames))[: len(chunk)]:
                 yield trim(video, num_frames, cond_type, self.autoencoder)
 
 

@@ -50,11 +50,22 @@ class Codec:
             return self.autoencoder.encode(pixels)
         return jax.vmap(lambda clip, key: self.autoencoder.encode(clip[None], key)[0])(pixels, keys)
 
-    def decode(self, latents: Float[Array, "B t h w Z"]) -> UInt8[Array, "B T H W 3"]:
-        """Returns the videos of scaled latents. Raises: UserError for latents that are no numbers."""
+    def decode(self, latents: Float[Array, "B t h w Z"], frames: int) -> UInt8[Array, "B T H W 3"]:
+        """Returns the videos of scaled latents, with `frames` frames or more.
+
+        Raises: UserError for latents that are no numbers, and for an autoencoder that gives fewer frames back.
+        """
         _check_finite(latents, "latents")
         batch, _, rows, columns, _ = latents.shape
-        return to_bytes(self.autoencoder.decode(self._spread(latents, batch, rows, columns)))
+        latents = self._spread(latents, batch, rows, columns)
+        asks = getattr(self.autoencoder, "is_decoded_to_frames", False)
+        video = self.autoencoder.decode(latents, frames=frames) if asks else self.autoencoder.decode(latents)
+        if video.shape[1] < frames:
+            raise UserError(
+                f"The autoencoder gives back {video.shape[1]} of {frames} frames (its tiles in time leave one latent "
+                "frame alone, which it takes for an image): use another number of frames, or tiles of another length."
+            )
+        return to_bytes(video)
 
     def moments(self, video: Video) -> tuple[Float[Array, "B t h w Z"], Float[Array, "B t h w Z"]]:
         """Returns mean and variance of the unscaled latent; of an autoencoder without a posterior the latent and 0."""

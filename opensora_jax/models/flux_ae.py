@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig, latent_size
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
+from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv3d import Triple
 
 GROUPS = 32  # of every group norm
@@ -102,6 +103,7 @@ class FluxAE(nnx.Module):
         """Returns the Gaussian over unscaled latents of pixels in [-1, 1]; its `frame_kl` has a value per frame."""
         return Posterior.of(self.moments(video))
 
+    @compiled
     def moments(self, video: Float[Array, "B T H W C"]) -> Float[Array, "B T h w M"]:
         """Returns mean and log variance of the unscaled latent on the last axis, as the network gives them."""
         images = rearrange(video, "B T H W C -> (B T) H W C")
@@ -117,6 +119,7 @@ class FluxAE(nnx.Module):
         """Returns pixels, about [-1, 1], of a scaled latent."""
         return self.reconstruct(latent / jnp.asarray(self.config.scale_factor) + jnp.asarray(self.config.shift_factor))
 
+    @compiled
     def reconstruct(self, z: Float[Array, "B T h w Z"]) -> Float[Array, "B T H W C"]:
         """Returns pixels of an unscaled latent, as training of the autoencoder itself uses it."""
         images = self.decoder(rearrange(z, "B T h w Z -> (B T) h w Z"))

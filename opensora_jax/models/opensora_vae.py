@@ -19,6 +19,7 @@ from jaxtyping import Float
 from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig, latent_size
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
 from opensora_jax.models.temporal_vae import TemporalVAE, TemporalVAEConfig
+from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv2d import Conv2d
 from opensora_jax.nn.conv3d import Triple
 
@@ -161,6 +162,7 @@ class OpenSoraVAE(nnx.Module):
         return self.config.vae_temporal.embed_dim
 
     is_causal = True
+    is_decoded_to_frames = True  # a latent stands for several numbers of frames, so `decode` asks for it
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Returns (frames, height, width) of the latent of a clip, which may have any number of frames.
@@ -171,6 +173,7 @@ class OpenSoraVAE(nnx.Module):
             raise ValueError(f"The autoencoder takes 1 frame or more: got {frames}: use 1.")
         return (self.config.latent_frames(frames), *latent_size(height, width, self.strides[1]))
 
+    @compiled
     def posterior(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Posterior:
         """Returns the Gaussian over unscaled latents of pixels in [-1, 1], given latents of the single frames.
 
@@ -182,6 +185,7 @@ class OpenSoraVAE(nnx.Module):
         """Returns mean and log variance of the unscaled latent of frames that `spatial_vae` has encoded."""
         return in_chunks(self.temporal_vae.moments, x, self.config.micro_frame_size, axis=1)
 
+    @compiled
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B t h w Z"]:
         """Returns the scaled latent: both posteriors' modes, or draws from both when a key is given."""
         in_space, in_time = (None, None) if key is None else jax.random.split(key)
@@ -189,7 +193,8 @@ class OpenSoraVAE(nnx.Module):
         z = posterior.mean if in_time is None else posterior.sample(in_time)
         return (z - jnp.asarray(self.config.shift)) / jnp.asarray(self.config.scale)
 
-    def decode(self, latent: Float[Array, "B t h w Z"], frames: int | None = None) -> Float[Array, "B T H W C"]:
+    @compiled
+    def decode(self, latent: Float[Array, "B t h w Z"], *, frames: int | None = None) -> Float[Array, "B T H W C"]:
         """Returns pixels, about [-1, 1], of a scaled latent: the fewest frames that it can stand for, or `frames`.
 
         Raises: ValueError when a clip of `frames` has another number of latent frames.

@@ -16,15 +16,17 @@ R = TypeVar("R")
 def compiled(method: Callable[..., R]) -> Callable[..., R]:
     """Returns the method of a module, of arrays to arrays, compiled once for every network and every shapes.
 
+    Arrays are given by position; what is given by name is a constant of the program.
     Inside another `jax.jit` it is a part of that program like any other function.
     """
 
-    @partial(jax.jit, static_argnums=0)
-    def run(graph: nnx.GraphDef, params: Any, *arrays: Any) -> R:
-        return method(nnx.merge(graph, params), *arrays)
+    @partial(jax.jit, static_argnums=(0, 1))
+    def run(graph: nnx.GraphDef, constants: tuple[tuple[str, Any], ...], params: Any, *arrays: Any) -> R:
+        return method(nnx.merge(graph, params), *arrays, **dict(constants))
 
     @wraps(method)
-    def call(self: nnx.Module, *arrays: Any) -> R:
-        return run(*nnx.split(self), *arrays)
+    def call(self: nnx.Module, *arrays: Any, **constants: Any) -> R:
+        graph, params = nnx.split(self)
+        return run(graph, tuple(constants.items()), params, *arrays)
 
     return call

@@ -61,7 +61,7 @@ class LatentSums:
 def latent_statistics(
     moments: Iterable[tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]],
 ) -> tuple[list[float], list[float]]:
-    """Returns the mean and standard deviation of each channel (the last axis) of latents drawn from (mean, variance)."""
+    """Returns mean and standard deviation of each channel (the last axis) of latents drawn from (mean, variance)."""
     return reduce(lambda sums, pair: sums.add(*pair), moments, LatentSums()).result()
 
 
@@ -77,8 +77,9 @@ def reconstruct(
     codec: Codec, source: ClipSource, rows: list[tuple[Bucket, int]], batch_size: int
 ) -> Iterator[tuple[int, Clip, Clip]]:
     """Yields (row, clip, reconstruction from the posterior's mode)."""
-    for _, ids, video in read_once(source, rows, batch_size, "reconstructions"):
-        yield from zip(ids, video, np.asarray(codec.decode(codec.encode(video))), strict=False)
+    for bucket, ids, video in read_once(source, rows, batch_size, "reconstructions"):
+        decoded = codec.decode(codec.encode(video), bucket.num_frames)
+        yield from zip(ids, video, np.asarray(decoded), strict=False)
 
 
 def validate(

@@ -132,7 +132,7 @@ def load(
     module, config = parse_model(section, kinds, where)
     params = load_weights(section, kinds, where, dtype=dtype, mesh=mesh, param_dtype=param_dtype or dtype)
     measured = Path(section["from_pretrained"]) / "latent.json"
-    if measured.is_file():
+    if measured.is_file() and hasattr(config, LATENT_FIELDS[0]):
         found = read_json(measured)
         config = replace(config, **{name: tuple(found[name]) for name in LATENT_FIELDS})
     return nnx.merge(_abstract(module, config, dtype)[0], params)

@@ -53,7 +53,7 @@ def test_any_mesh_gives_the_same(mesh):
     video = clips(2)
     latents = codec(*mesh).encode(video)
     np.testing.assert_allclose(latents, video[:, :, ::2, ::2] / 127.5 - 1, atol=1e-6)
-    np.testing.assert_array_equal(codec(*mesh).decode(latents)[:, :, ::2, ::2], video[:, :, ::2, ::2])
+    np.testing.assert_array_equal(codec(*mesh).decode(latents, 3)[:, :, ::2, ::2], video[:, :, ::2, ::2])
     np.testing.assert_allclose(codec(*mesh).encode(video / np.float32(127.5) - 1), latents, atol=1e-6)
 
 
@@ -86,7 +86,7 @@ def test_values_that_are_no_numbers_are_refused():
     with pytest.raises(UserError, match="3 of 96 pixels are NaN or infinite"):
         codec().encode(video)
     with pytest.raises(UserError, match="96 of 96 latents are NaN"):
-        codec().decode(jnp.full((1, 2, 4, 4, 3), np.nan))
+        codec().decode(jnp.full((1, 2, 4, 4, 3), np.nan), 2)
 
 
 def test_sizes_that_do_not_fit_are_refused_with_some_that_do():

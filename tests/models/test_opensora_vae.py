@@ -55,7 +55,7 @@ def test_every_number_of_frames_comes_back(chunk):
 
     def there_and_back(params, video):
         latent = nnx.merge(graphdef, params).encode(video)
-        return latent, nnx.merge(graphdef, params).decode(latent, video.shape[1])
+        return latent, nnx.merge(graphdef, params).decode(latent, frames=video.shape[1])
 
     for frames in (1, 4, 6, 11):
         latent, back = jax.eval_shape(there_and_back, params, VIDEO[:, :frames])
@@ -68,7 +68,7 @@ def test_a_latent_alone_is_decoded_to_the_fewest_frames_and_refuses_others():
     assert [CONFIG.fewest_frames(t) for t in range(1, 7)] == [1, 5, 6, 10, 11, 15]
     assert [CONFIG.latent_frames(CONFIG.fewest_frames(t)) for t in range(1, 7)] == list(range(1, 7))
     with pytest.raises(ValueError, match="3 latent frames are of 6 frames or a few more: got 5"):
-        model.decode(jnp.zeros((1, 3, 2, 2, 2)), 5)
+        model.decode(jnp.zeros((1, 3, 2, 2, 2)), frames=5)
 
 
 def test_images_at_a_time_change_nothing():

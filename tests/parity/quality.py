@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from opensora_jax.models.codec import to_bytes
 from opensora_jax.training.quality import psnr_db, ssim
 from opensora_jax.training.reconstruction import latent_statistics
-from opensora_jax.models.codec import to_bytes
 from tests.parity.golden import Golden, Tolerance, absolute, channels_last
 
 QUALITY = Tolerance(1e-4, absolute)

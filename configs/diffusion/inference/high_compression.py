@@ -4,11 +4,12 @@
 
 Hardware: 576 tokens a frame and 32 latent frames, about a quarter of 768px.py; parameters as t2i2v_256px.py.
 Weights: as t2i2v_256px.py, with Open_Sora_v2_Video_DC_AE.safetensors and F32T4C128_AE.safetensors (docs/weights.md).
-Expected: for now an error that there is no autoencoder `dc_ae` yet.
+Expected: samples/0000_raining-sea_image.png, then samples/0000_raining-sea.mp4 of 128 frames.
 Source: hpcaitech/Open-Sora, `configs/diffusion/inference/high_compression.py`.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs.diffusion.inference import t2i2v_256px as base
 
@@ -28,6 +29,7 @@ def get_config() -> ConfigDict:
         "strict_load": True,
         "layout": "same",
         "model_name": "dc-ae-f32t4c128",
+        "scaling_factor": placeholder(float),  # the original divides by it in training alone
         "use_spatial_tiling": True,
         "use_temporal_tiling": True,
         "spatial_tile_size": 256,

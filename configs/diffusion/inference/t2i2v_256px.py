@@ -4,8 +4,7 @@
 
 Hardware: as 256px.py; the image model (22.2 GiB) and the video model are held one after the other.
 Weights: as 256px.py, and flux1-dev.safetensors and flux1-dev-ae.safetensors beside them (docs/weights.md).
-Expected: samples/0000_raining-sea_image.png, then samples/0000_raining-sea.mp4 after 110 forward passes; for now an
-error that there is no autoencoder `flux_ae` yet.
+Expected: samples/0000_raining-sea_image.png, then samples/0000_raining-sea.mp4 after 110 forward passes.
 Source: hpcaitech/Open-Sora, `configs/diffusion/inference/t2i2v_256px.py` and `plugins/t2i2v.py`.
 """
 
