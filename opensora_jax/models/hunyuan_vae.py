@@ -18,14 +18,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from opensora_jax.kernels.attention import attention
-from opensora_jax.models.posterior import Posterior
+from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
 from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv3d import CausalConv3d, Conv3d, Triple, orthogonal_blur
 from opensora_jax.nn.linear import Linear
 from opensora_jax.nn.norm import GroupNorm
 from opensora_jax.nn.tiling import Tiling, tiled_decode, tiled_encode
-
-FIRST_LOGVAR = -6.0  # training starts with little noise on the latent
 
 
 @dataclass(frozen=True)

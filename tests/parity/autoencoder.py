@@ -11,9 +11,9 @@ from flax import nnx
 from jax import Array
 
 from opensora_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
-from opensora_jax.weights.params import export_params, load_params
-from opensora_jax.weights.rename import parameter_keys
+from opensora_jax.weights.params import load_params
 from tests.parity.golden import QUICK, Golden, Tolerance, channels_first, channels_last
+from tests.parity.gradients import compare_gradients
 
 OUTPUT = Tolerance(1e-4)
 GRADIENT = Tolerance(5e-4)
@@ -55,8 +55,13 @@ def hunyuan_vae(golden: Golden) -> None:
             found["recon_mode"] = decode(params, found["z_mode"])
             last = {key: one if one.ndim < 5 else channels_first(one) for key, one in found.items()}
             golden.compare_found({f"out/{name}_{key}": one for key, one in last.items()}, OUTPUT)
+
+    def through(params: nnx.State, video: Array) -> Array:
+        model = nnx.merge(graphdef, params)
+        return model.decode(model.encode(video))
+
     if "out/loss_mean_recon_sq" in golden.values:
-        _compare_gradients(golden, graphdef, params, inputs["video"])
+        compare_gradients(golden, "hunyuan_vae", through, params, inputs["video"], "__input_video")
 
 
 def _encoded(model: HunyuanVAE, x: Array, noise: Array | None) -> dict[str, Array]:
@@ -73,25 +78,3 @@ def _sample(model: HunyuanVAE, x: Array, noise: Array) -> Array:
     """Returns a draw of the latent whose normal numbers are `noise`."""
     with mock.patch("jax.random.normal", lambda key, shape, dtype: noise.astype(dtype)):
         return model.encode(x, jax.random.key(0))
-
-
-def _compare_gradients(golden: Golden, graphdef: nnx.GraphDef, params: nnx.State, video: Array) -> None:
-    """Compare the loss and those gradients that are stored: the others are not even compiled."""
-    keys = [key for key, _ in parameter_keys("hunyuan_vae", params)]
-    paths = dict(zip(keys, (path for path, _ in nnx.to_flat_state(params)), strict=True))
-    stored = {paths[key] for key in golden.part("grad/") if key in paths}
-
-    def measure(params, video):
-        model = nnx.merge(graphdef, params)
-        return jnp.mean(model.decode(model.encode(video)) ** 2)
-
-    @jit
-    def run(params, video):
-        loss, (by_params, by_video) = jax.value_and_grad(measure, argnums=(0, 1))(params, video)
-        kept = [(path, leaf) for path, leaf in nnx.to_flat_state(by_params) if path in stored]
-        return loss, nnx.from_flat_state(kept), by_video
-
-    loss, by_params, by_video = run(params, video)
-    golden.compare("out/loss_mean_recon_sq", loss, OUTPUT)
-    found = {f"grad/{key}": value for key, value in export_params("hunyuan_vae", by_params).items()}
-    golden.compare_found(found | {"grad/__input_video": channels_first(by_video)}, GRADIENT)

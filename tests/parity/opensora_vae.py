@@ -70,10 +70,10 @@ def pipeline(golden: Golden) -> None:
         frames, micro = video.shape[1], config.micro_frame_size
         chunk = config.latent_frames(micro)
         unscaled = z * jnp.asarray(config.scale) + jnp.asarray(config.shift)
-        found = {"decode": model.decode(z, frames), "image_decode": model.decode(image_z, 1)}
+        found = {"decode": model.decode(z, frames=frames), "image_decode": model.decode(image_z, frames=1)}
         found["temporal_decode_chunk0"] = model.decode_time(unscaled[:, :chunk], micro)
         model.config = replace(config, micro_frame_size=None)
-        return found | {"decode_nomicro": model.decode(z_nomicro, min(micro, frames))}
+        return found | {"decode_nomicro": model.decode(z_nomicro, frames=min(micro, frames))}
 
     found = encoded(params)
     found |= decoded(params, found["image_encode_zeronoise"])

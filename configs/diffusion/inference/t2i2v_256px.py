@@ -21,29 +21,12 @@ def get_config() -> ConfigDict:
     config.cond_type = "i2v_head"
     config.use_t2i2v = True
     config.img_resolution = "768px"
-    config.img_flux = {
-        "type": "mmdit",
+    config.img_flux = config.model.to_dict() | {
         "from_pretrained": folder + "/flux1-dev.safetensors",
-        "rename_keys": {},
-        "strict_load": True,
-        "layout": "same",
-        "in_channels": 64,
-        "vec_in_dim": 768,
-        "context_in_dim": 4096,
-        "hidden_size": 3072,
-        "mlp_ratio": 4.0,
-        "num_heads": 24,
-        "depth": 19,
-        "depth_single_blocks": 38,
-        "axes_dim": (16, 56, 56),
-        "theta": 10_000,
-        "qkv_bias": True,
         "guidance_embed": True,
         "cond_embed": False,
         "fused_qkv": True,
         "use_liger_rope": False,
-        "patch_size": 2,
-        "grad_ckpt_settings": (0, 0),
     }
     config.img_flux_ae = {
         "type": "flux_ae",
