@@ -1,5 +1,7 @@
 """The losses of both models, on fakes whose answers are known."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from opensora_jax.nn.conv3d import CausalConv3d
 from opensora_jax.training import vae
 from opensora_jax.training.diffusion import DropoutRatio, FlowConfig, NullText, drop_text, make_loss
 from opensora_jax.training.optimizer import OptimConfig, learning_rate, make_optimizer
-from opensora_jax.training.reconstruction import latent_statistics
+from opensora_jax.training.reconstruction import LatentSums, latent_statistics
 
 NULL = NullText(jnp.full((3, 2), -1.0), jnp.full(5, -2.0))
 BATCH = {
@@ -88,6 +90,20 @@ def test_images_teach_the_tap_of_the_current_frame_alone():
     gradient = jax.grad(loss)(params, jnp.ones((1, 1, 4, 4, 3)))["conv"]["kernel"][...]
     assert not gradient[:-1].any()
     assert gradient[-1].any()
+
+
+def test_latent_sums_continue_from_what_a_killed_run_wrote():
+    rng = np.random.default_rng(0)
+    batches = [(rng.normal(3, 2, (5, 7, 3)), rng.uniform(0, 1, (5, 7, 3))) for _ in range(4)]
+    whole = summed(LatentSums(), batches).result()
+    saved = json.loads(json.dumps(summed(LatentSums(), batches[:2]).to_dict()))
+    assert summed(LatentSums(**saved), batches[2:]).result() == whole
+
+
+def summed(sums, batches):
+    for mean, variance in batches:
+        sums = sums.add(mean, variance)
+    return sums
 
 
 def test_latent_statistics_are_those_of_all_values_together():
