@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-LARGEST_PART = 2_000_000  # outputs times values under the kernel
+LARGEST_PART = 600_000  # outputs times values under the kernel
+LARGEST_PRODUCT = 4_000_000  # the same, as one product of matrices
 DEEP = 64  # channels from which parts are faster
+WIDE = 512  # channels from which a product of matrices is faster than Eigen's convolution
 
 Strides = tuple[int, int]
 
@@ -22,7 +24,8 @@ Strides = tuple[int, int]
 def convolve(x: Float[Array, "N H W C"], kernel: Float[Array, "h w C D"], strides: Strides) -> Float[Array, "N p q D"]:
     """Returns the convolution of every image without padding, accumulated and returned in float32."""
     outputs = x.shape[0] * math.prod(_outputs(x.shape, kernel.shape, strides))
-    large = kernel.shape[2] >= DEEP and outputs * math.prod(kernel.shape[:3]) > LARGEST_PART
+    deep, wide = kernel.shape[2] >= DEEP, kernel.shape[2] >= WIDE
+    large = wide or (deep and outputs * math.prod(kernel.shape[:3]) > LARGEST_PART)
     return _large(x, kernel, strides) if large else _whole(x, kernel, strides)
 
 
@@ -49,22 +52,43 @@ def _whole(x: Array, kernel: Array, strides: Strides) -> Array:
     )
 
 
+def _product(x: Array, kernel: Array, strides: Strides) -> Array:
+    """Returns `_whole` as a product of all windows, written out, with the kernel."""
+    rows, columns = _outputs(x.shape, kernel.shape, strides)
+    down, right = strides
+    windows = jnp.concatenate(
+        [
+            x[:, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * right + 1 : right]
+            for i in range(kernel.shape[0])
+            for j in range(kernel.shape[1])
+        ],
+        axis=-1,
+    )
+    flat = kernel.reshape(-1, kernel.shape[-1])
+    return jnp.einsum("n h w k, k d -> n h w d", windows, flat, preferred_element_type=jnp.float32)
+
+
 def _in_parts(x: Array, kernel: Array, strides: Strides) -> Array:
     """Goes over strips of rows of one image at a time, or over several whole images where those are small."""
     images, window, down = len(x), kernel.shape[0], strides[0]
     rows, columns = _outputs(x.shape, kernel.shape, strides)
     cost = columns * math.prod(kernel.shape[:3])  # of one row of outputs
-    strips = -(-rows // max(1, LARGEST_PART // cost))
+    run, largest = (_product, LARGEST_PRODUCT) if kernel.shape[2] >= WIDE else (_whole, LARGEST_PART)
+    strips = -(-rows // max(1, largest // cost))
     if strips == 1:
-        several = max(n for n in range(1, images + 1) if images % n == 0 and n * rows * cost <= LARGEST_PART)
+        several = max(n for n in range(1, images + 1) if images % n == 0 and n * rows * cost <= largest)
         parts = x.reshape(images // several, several, *x.shape[1:])
-        return jax.lax.map(lambda part: _whole(part, kernel, strides), parts).reshape(images, rows, columns, -1)
+        return jax.lax.map(lambda part: run(part, kernel, strides), parts).reshape(images, rows, columns, -1)
     each = -(-rows // strips)
     tall = (each - 1) * down + window
     seen = x[:, : (rows - 1) * down + window]
-    x = jnp.pad(seen, ((0, 0), (0, (strips * each - rows) * down), (0, 0), (0, 0)))
-    parts = jnp.stack([x[:, i * each * down : i * each * down + tall] for i in range(strips)], axis=1)
-    y = jax.lax.map(lambda part: _whole(part, kernel, strides), parts.reshape(-1, 1, *parts.shape[2:]))
+    padded = jnp.pad(seen, ((0, 0), (0, (strips * each - rows) * down), (0, 0), (0, 0)))
+
+    def strip_of(index: Array) -> Array:
+        start = (index // strips, index % strips * each * down, 0, 0)
+        return run(jax.lax.dynamic_slice(padded, start, (1, tall, *x.shape[2:])), kernel, strides)
+
+    y = jax.lax.map(strip_of, jnp.arange(images * strips))
     return y.reshape(images, strips * each, columns, -1)[:, :rows]
 
 

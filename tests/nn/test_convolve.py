@@ -24,9 +24,12 @@ def draw(*shape, seed):
         (2, 11, 1),  # single rows
     ],
 )
-def test_parts_make_the_whole(monkeypatch, images, rows, largest, strides):
+@pytest.mark.parametrize("wide", [1, 9])  # as products of matrices, and not
+def test_parts_make_the_whole(monkeypatch, images, rows, largest, strides, wide):
     monkeypatch.setattr(module, "DEEP", 1)
+    monkeypatch.setattr(module, "WIDE", wide)
     monkeypatch.setattr(module, "LARGEST_PART", largest)
+    monkeypatch.setattr(module, "LARGEST_PRODUCT", largest)
     x, kernel = draw(images, rows * strides[0] + 2, 7 * strides[1] + 2, 3, seed=0), draw(3, 3, 3, 2, seed=1)
 
     def measure(run):
