@@ -8,7 +8,6 @@ encode caches the latents and text embeddings that a training config asks for (i
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,6 +122,4 @@ VERBS: dict[str, Main] = {"demo": _run_demo, "meta": _run_meta, "text": _run_tex
 
 
 if __name__ == "__main__":
-    for verb in [argument for argument in sys.argv[1:] if argument in VERBS][:1]:
-        DEFINE_FLAGS[verb]()  # only the flags of this verb exist, so that a misplaced one is an error
-    run_verbs(VERBS)
+    run_verbs(VERBS, DEFINE_FLAGS)

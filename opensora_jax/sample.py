@@ -162,9 +162,12 @@ def check(config: SampleConfig, requests: Sequence[Request]) -> None:
         config.image_stage.check()
         if any(request.references for request in requests):
             raise UserError("use_t2i2v makes the first frame: leave out --ref, or set --config.use_t2i2v=False.")
-    for stage in filter(None, (config.video_stage, config.image_stage)):
+    stages = [stage for stage in (config.video_stage, config.image_stage) if stage is not None]
+    for stage in stages:
         stage.check_weights()
-        stage.check_text(read_shape("t5", config.t5).width, read_shape("clip", config.clip).width)
+    widths = read_shape("t5", config.t5).width, read_shape("clip", config.clip).width
+    for stage in stages:
+        stage.check_text(*widths)
 
 
 def make_settings(config: SampleConfig) -> dict[str, Any]:

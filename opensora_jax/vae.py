@@ -31,7 +31,7 @@ from opensora_jax.data.clips import ClipDataset, assigned_rows, read_once
 from opensora_jax.data.latent_shards import LatentShards
 from opensora_jax.data.loader import ClipSource
 from opensora_jax.data.records import read_table
-from opensora_jax.data.video import write_video
+from opensora_jax.inference import outputs
 from opensora_jax.inference.encode import EncodeConfig
 from opensora_jax.models.codec import Codec, to_pixels
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
@@ -81,6 +81,10 @@ class Work:
     def batches(self, rows: Rows, title: str) -> Iterator[tuple[Bucket, list[int], np.ndarray]]:
         """Yields (bucket, rows, clips), the last clips of a short batch being copies."""
         return read_once(self.source, rows, self.config.encode.batch_size, title)
+
+    def stem(self, row: int) -> str:
+        """Returns the name of a clip's files."""
+        return f"{row:05d}_{Path(str(self.source.paths[row])).stem}"
 
     def about(self, bucket: Bucket, row: int) -> dict[str, Any]:
         """Returns what a clip is."""
@@ -151,20 +155,23 @@ def reconstruct(argv: list[str]) -> Path:
     folder = work.config.save_dir / "reconstructions"
     folder.mkdir(parents=True, exist_ok=True)
     distance = make_lpips(work.config)
-    done = {row: found for _, row in work.rows if (found := finished(folder, row, work.key)) is not None}
+    done = {row: found for _, row in work.rows if (found := outputs.find(folder, work.stem(row), work.key)) is not None}
     for bucket, ids, clips in work.batches([pair for pair in work.rows if pair[1] not in done], "reconstruct"):
         decoded = np.asarray(work.codec.decode(work.codec.encode(clips), bucket.num_frames))
         far = distance(clips, decoded)
         for place, row in enumerate(ids):
             about = work.about(bucket, row)
             about |= measure(clips[place], decoded[place]) | {name: value[place] for name, value in far.items()}
-            done[row] = save(folder, about, clips[place], decoded[place], work.key)
+            sides = np.concatenate([clips[place], decoded[place]], axis=2)
+            fps = 1.0 if math.isnan(about["fps"]) else about["fps"]
+            done[row] = outputs.save(folder, work.stem(row), sides, fps, about | {"key": work.key})
     if not done:
         raise UserError(f"none of the {len(work.rows)} clips can be read: see the warnings above")
-    lines = [done[row] for row in sorted(done)]
+    lines = [{name: value for name, value in done[row].items() if name != "key"} for row in sorted(done)]
+    found = summary(lines)
     write_csv(pa.Table.from_pylist(lines), work.config.save_dir / "reconstructions.csv")
-    write_json(work.config.save_dir / "reconstructions.json", summary(lines))
-    print(f"{folder}: {len(lines)} clips, source on the left; {describe(summary(lines))}")
+    write_json(work.config.save_dir / "reconstructions.json", found)
+    print(f"{folder}: {len(lines)} clips, source on the left; {describe(found)}")
     return work.config.save_dir
 
 
@@ -176,10 +183,11 @@ def stats(argv: list[str]) -> Path:
     sums, start = LatentSums(), 0
     if partial.is_file() and (saved := json.loads(partial.read_text()))["key"] == work.key:
         sums, start = LatentSums(**saved["sums"]), saved["next"]
+    place = {row: number for number, (_, row) in enumerate(work.rows)}
     for _, ids, clips in work.batches(work.rows[start:], "latent statistics"):
         mean, variance = (np.asarray(part)[: len(ids)] for part in work.codec.moments(clips))
         sums = sums.add(mean, variance)
-        start = 1 + max(place for place, (_, row) in enumerate(work.rows) if row in set(ids))
+        start = 1 + place[ids[-1]]  # batches come in the order of the rows
         write_json(partial, {"key": work.key, "next": start, "sums": sums.to_dict()})
     shift, deviation = sums.result()
     scale = (1 / np.asarray(deviation)).tolist()
@@ -211,25 +219,6 @@ def measure(clip: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
     a, b = clip / np.float32(255), reconstruction / np.float32(255)
     found = {"psnr_db": float(psnr_db(a, b).mean())}
     return found | ({"ssim": float(ssim(a, b).mean())} if min(clip.shape[1:3]) >= 11 else {})
-
-
-def save(folder: Path, about: dict[str, Any], clip: np.ndarray, reconstruction: np.ndarray, key: str) -> dict[str, Any]:
-    """Writes source and reconstruction side by side, then their record, and returns the record."""
-    stem = f"{about['row']:05d}_{Path(about['path']).stem}"
-    fps = 1.0 if math.isnan(about["fps"]) else about["fps"]
-    file = write_video(folder / f"{stem}.mp4", np.concatenate([clip, reconstruction], axis=2), fps)
-    record = {"file": file.name, **about}
-    write_json(folder / f"{about['row']:05d}.json", record | {"key": key})
-    return record
-
-
-def finished(folder: Path, row: int, key: str) -> dict[str, Any] | None:
-    """Returns the record of a reconstruction that is there already, made by the same work."""
-    try:
-        record = json.loads((folder / f"{row:05d}.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return record if record.pop("key") == key and (folder / record["file"]).is_file() else None
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:

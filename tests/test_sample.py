@@ -25,6 +25,7 @@ from opensora_jax.inference.stage import Stage
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights.pretrained import AUTOENCODERS, DENOISERS, parse_model
 from opensora_jax.weights.rename import published_shapes
+from tests.inference.fakes import Autoencoder, encode_text
 
 GOLDENS = Path(__file__).parent / "goldens"
 FOLDER = Path("configs/diffusion/inference")
@@ -171,30 +172,6 @@ class Denoiser(nnx.Module):
     def __call__(self, x, t, text, pooled, condition, guidance):
         mask = condition[..., :1] * text.sum((1, 2))[:, None, None, None, None]
         return self.gain[...] * jnp.sin(x + pooled.sum(1)[:, None, None, None, None] + mask)
-
-
-class Autoencoder(nnx.Module):
-    """Keeps every fourth pixel and frame; decoding repeats them."""
-
-    strides, is_causal, latent_channels = (4, 4, 4), True, 3
-
-    def __init__(self):
-        self.gain = nnx.Param(jnp.float32(1.0))
-
-    def latent_shape(self, frames, height, width):
-        return (frames - 1) // 4 + 1, height // 4, width // 4
-
-    def encode(self, video):
-        return self.gain[...] * video[:, ::4, ::4, ::4]
-
-    def decode(self, latent):
-        frames = jnp.repeat(latent, 4, axis=1)[:, 3:]
-        return jnp.repeat(jnp.repeat(frames, 4, axis=2), 4, axis=3)
-
-
-def encode_text(prompts):
-    rows = jnp.stack([jax.random.normal(jax.random.key(sum(map(ord, prompt))), (7,)) for prompt in prompts])
-    return rows[:, :6].reshape(-1, 2, 3), rows[:, 6:]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from opensora_jax.models.dc_ae_config import DCAEConfig, DecoderConfig, EncoderConfig
+from opensora_jax.models.sizes import latent_size
 from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv import Conv
 from opensora_jax.nn.conv3d import Triple
@@ -224,16 +225,11 @@ class DCAE(nnx.Module):
 
         Raises: ValueError for sizes that the autoencoder cannot take, naming the nearest that it can.
         """
-        t, h, w = self.strides
+        t = self.strides[0]
         if frames < 1 or (frames > 1 and frames % t):
             below, above = max(1, frames // t * t), max(1, frames // t + 1) * t
             raise ValueError(f"The autoencoder takes 1 frame or {t} n: got {frames}: use {below} or {above}.")
-        if min(height, width) < 1 or height % h or width % w:
-            near = f"{max(1, round(height / h)) * h}x{max(1, round(width / w)) * w}"
-            raise ValueError(
-                f"The autoencoder takes heights and widths divisible by {h}: got {height}x{width}: use {near}."
-            )
-        return max(1, frames // t), height // h, width // w
+        return (max(1, frames // t), *latent_size(height, width, self.strides[1]))
 
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B t h w Z"]:
         """Returns the latent over `scaling_factor`; there is no posterior, so a key draws nothing.

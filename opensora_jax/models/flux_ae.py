@@ -12,8 +12,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig, latent_size
+from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
+from opensora_jax.models.sizes import latent_size
 from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv3d import Triple
 
@@ -111,8 +112,7 @@ class FluxAE(nnx.Module):
 
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B T h w Z"]:
         """Returns the scaled latent: the posterior's mode, or a draw from it when a key is given."""
-        posterior = self.posterior(video)
-        z = posterior.mean if key is None else posterior.sample(key)
+        z = self.posterior(video).latent(key)
         return (z - jnp.asarray(self.config.shift_factor)) * jnp.asarray(self.config.scale_factor)
 
     def decode(self, latent: Float[Array, "B T h w Z"]) -> Float[Array, "B T H W C"]:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 
 from opensora_jax.kernels.attention import attention
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
+from opensora_jax.models.sizes import latent_size
 from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv3d import CausalConv3d, Conv3d, Triple, orthogonal_blur
 from opensora_jax.nn.linear import Linear
@@ -288,16 +289,11 @@ class HunyuanVAE(nnx.Module):
 
         Raises: ValueError for sizes that the autoencoder cannot give back, naming the nearest that it can.
         """
-        t, h, w = self.strides
+        t = self.strides[0]
         if (frames - 1) % t:
             below = (frames - 1) // t * t + 1
             raise ValueError(f"The autoencoder takes 1 + {t} n frames: got {frames}: use {below} or {below + t}.")
-        if height % h or width % w:
-            near = f"{max(1, round(height / h)) * h}x{max(1, round(width / w)) * w}"
-            raise ValueError(
-                f"The autoencoder takes heights and widths divisible by {h}: got {height}x{width}: use {near}."
-            )
-        return (frames - 1) // t + 1, height // h, width // w
+        return ((frames - 1) // t + 1, *latent_size(height, width, self.strides[1]))
 
     def posterior(self, video: Float[Array, "B T H W C"]) -> Posterior:
         """Returns the Gaussian over unscaled latents of pixels in [-1, 1]; log variance clipped to [-30, 20].
@@ -313,8 +309,7 @@ class HunyuanVAE(nnx.Module):
 
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B t h w Z"]:
         """Returns the scaled latent: the posterior's mode, or a draw from it when a key is given."""
-        posterior = self.posterior(video)
-        z = posterior.mean if key is None else posterior.sample(key)
+        z = self.posterior(video).latent(key)
         return (z - jnp.asarray(self.config.shift_factor)) * jnp.asarray(self.config.scale_factor)
 
     def decode(self, latent: Float[Array, "B t h w Z"]) -> Float[Array, "B T H W C"]:

@@ -52,19 +52,6 @@ class ImageVAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def latent_size(height: int, width: int, stride: int) -> tuple[int, int]:
-    """Returns (height, width) of the latent of an image.
-
-    Raises: ValueError for sizes that the autoencoder cannot give back, naming the nearest that it can.
-    """
-    if min(height, width) < 1 or height % stride or width % stride:
-        near = f"{max(1, round(height / stride)) * stride}x{max(1, round(width / stride)) * stride}"
-        raise ValueError(
-            f"The autoencoder takes heights and widths divisible by {stride}: got {height}x{width}: use {near}."
-        )
-    return height // stride, width // stride
-
-
 class ResnetBlock(nnx.Module):
     """Norm, SiLU, convolution, twice, around a shortcut; the second convolution starts near zero."""
 

@@ -16,8 +16,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig, latent_size
+from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
+from opensora_jax.models.sizes import latent_size
 from opensora_jax.models.temporal_vae import TemporalVAE, TemporalVAEConfig
 from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv2d import Conv2d
@@ -131,8 +132,7 @@ class SpatialVAE(nnx.Module):
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B T h w Z"]:
         """Returns the scaled latent of every frame: its posterior's mode, or a draw when a key is given."""
         moments = self._each_image(lambda images: self.quant_conv(self.encoder(images)), video)
-        posterior = Posterior.of(moments)
-        return SPATIAL_SCALE * (posterior.mean if key is None else posterior.sample(key))
+        return SPATIAL_SCALE * Posterior.of(moments).latent(key)
 
     def decode(self, latent: Float[Array, "B T h w Z"]) -> Float[Array, "B T H W C"]:
         """Returns the frames of scaled latents."""
@@ -189,8 +189,7 @@ class OpenSoraVAE(nnx.Module):
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B t h w Z"]:
         """Returns the scaled latent: both posteriors' modes, or draws from both when a key is given."""
         in_space, in_time = (None, None) if key is None else jax.random.split(key)
-        posterior = self.posterior(video, in_space)
-        z = posterior.mean if in_time is None else posterior.sample(in_time)
+        z = self.posterior(video, in_space).latent(in_time)
         return (z - jnp.asarray(self.config.shift)) / jnp.asarray(self.config.scale)
 
     @compiled

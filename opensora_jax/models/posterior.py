@@ -20,6 +20,10 @@ class Posterior(NamedTuple):
         """Returns a draw."""
         return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
 
+    def latent(self, key: Array | None) -> Float[Array, "B *L Z"]:
+        """Returns the mode, or a draw when a key is given."""
+        return self.mean if key is None else self.sample(key)
+
     def kl(self) -> Float[Array, "B"]:
         """Returns the divergence from the standard normal, summed over everything but the batch, in nats."""
         return self._divergence(1)

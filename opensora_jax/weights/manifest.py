@@ -5,7 +5,6 @@ and `total_parameters`, as written from the original model on torch's meta devic
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -18,14 +17,13 @@ from opensora_jax.config.build import build
 from opensora_jax.config.errors import UserError
 from opensora_jax.weights.files import read_json
 from opensora_jax.weights.pretrained import MODELS
-from opensora_jax.weights.rename import NAMES, parameter_keys
+from opensora_jax.weights.rename import NAMES, first_of, is_ignored, parameter_keys
 
 Shape = tuple[int, ...]
 SHOWN = 5
 
-LEFT_OUT: dict[
-    str, dict[str, Any]
-] = {  # fields that manifests leave out, with the values that the original's code fills in
+# Fields that manifests leave out, with the values that the original's code fills in.
+LEFT_OUT: dict[str, dict[str, Any]] = {
     "mmdit": {"fused_qkv": True, "use_liger_rope": False, "patch_size": 2, "grad_ckpt_settings": (0, 0)},
     "t5": {"feed_forward_proj": "gated-gelu"},
     "clip": {"eos_token_id": 2},
@@ -97,7 +95,9 @@ def read_manifest(path: Path) -> Manifest:
     named = content.get("type")
     kind = TYPES.get(named, named) if named else _kind_of(given)
     if kind not in MODELS:
-        raise UserError(f"{path} is of a model that is not here ({kind or 'unknown fields'}); {_known()}.")
+        raise UserError(
+            f"{path} is of a model that is not here ({kind or 'unknown fields'}); known are {', '.join(MODELS)}."
+        )
     config_class = MODELS[kind][0]
     known = {field.name for field in fields(config_class)}
     options = LEFT_OUT[kind] | {name: value for name, value in given.items() if name in known}
@@ -115,25 +115,22 @@ def compare(kind: str, config: Any, shapes: Mapping[str, Shape], parameters: int
     tensors, params = nnx.state(model), nnx.state(model, nnx.Param)
     places = parameter_keys(kind, tensors)  # (key, published shape) of every layer of every tensor
     ours = dict(places)
-    copies = {copy: ours[original] for copy, original in NAMES[kind].tied}
-    constant = NAMES[kind].ignored
+    known = ours | {copy: ours[original] for copy, original in NAMES[kind].tied}
     counted = sum(math.prod(leaf.shape) for _, leaf in nnx.to_flat_state(params))
     twice = [key for key, count in Counter(key for key, _ in places).items() if count > 1]
     wrong = [
-        f"{key} is {shape} and {(ours | copies)[key]} here"
+        f"{key} is {shape} and {known[key]} here"
         for key, shape in shapes.items()
-        if key in ours | copies and (ours | copies)[key] != shape
+        if key in known and known[key] != shape
     ]
     found = {
-        "without a place here": [
-            key for key in shapes if key not in ours | copies and not (constant and re.search(constant, key))
-        ],
+        "without a place here": [key for key in shapes if key not in known and not is_ignored(kind, key)],
         "missing there": [key for key in ours if key not in shapes],
         "of another shape": wrong,
         "claimed by two parameters": twice,
         "parameters": [] if parameters in (None, counted) else [f"{parameters:,} there, {counted:,} here"],
     }
-    faults = tuple(f"{what}: {_some(keys)}" for what, keys in found.items() if keys)
+    faults = tuple(f"{what}: {first_of(keys, SHOWN)}" for what, keys in found.items() if keys)
     return Match(len(shapes), len(nnx.to_flat_state(tensors)), counted, faults)
 
 
@@ -145,12 +142,3 @@ def _kind_of(given: Mapping[str, Any]) -> str | None:
         if told and told <= given.keys():
             return kind
     return None
-
-
-def _known() -> str:
-    return f"known are {', '.join(MODELS)}"
-
-
-def _some(keys: list[str]) -> str:
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return ", ".join(keys[:SHOWN]) + more

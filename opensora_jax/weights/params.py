@@ -5,7 +5,6 @@ no host needs the memory of a second copy.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.weights.rename import NAMES, Names, Path, Weight, first_of, published_shapes, weight_of
+from opensora_jax.weights.rename import NAMES, Names, Path, Weight, first_of, is_ignored, published_shapes, weight_of
 
 Initial = Callable[[set[Path]], Mapping[Path, jax.Array]]
 
@@ -166,7 +165,6 @@ def _check(
     model_name: str, checkpoint: Mapping[str, Any], wanted: dict[str, tuple[int, ...]], *, partial: bool
 ) -> set[str]:
     """Returns the wanted keys that the checkpoint cannot fill: none, unless `partial`. Raises: UserError."""
-    ignored = NAMES[model_name].ignored
     misshapen = {
         key: f"{key} is {tuple(checkpoint[key].shape)} where the model has {shape}"
         for key, shape in wanted.items()
@@ -174,7 +172,7 @@ def _check(
     }
     found = {
         "missing": [key for key in wanted if key not in checkpoint],
-        "unexpected": [key for key in checkpoint if key not in wanted and not (ignored and re.search(ignored, key))],
+        "unexpected": [key for key in checkpoint if key not in wanted and not is_ignored(model_name, key)],
         "wrong shape": list(misshapen.values()),
     }
     faults = {fault: keys for fault, keys in found.items() if keys}

@@ -114,23 +114,15 @@ def describe(kind: str, config: Any) -> dict[str, Any]:
     return {"type": kind, "model": {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}}
 
 
-def load(
-    section: Section,
-    kinds: Kinds,
-    where: str,
-    *,
-    dtype: DTypeLike,
-    mesh: Mesh,
-    param_dtype: DTypeLike | None = None,
-) -> nnx.Module:
+def load(section: Section, kinds: Kinds, where: str, *, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:
     """Returns the module of a section with the weights that it names, sharded on the mesh.
 
-    Parameters are held in `param_dtype`, or in the compute dtype `dtype`. Of a workdir, the moving average is taken
+    Parameters are held in the dtype that it computes in. Of a workdir, the moving average is taken
     where the run kept one, and a measured latent normalisation (`latent.json`) replaces that of the section.
     Raises: UserError when there are no weights, or those of another network.
     """
     module, config = parse_model(section, kinds, where)
-    params = load_weights(section, kinds, where, dtype=dtype, mesh=mesh, param_dtype=param_dtype or dtype)
+    params = load_weights(section, kinds, where, dtype=dtype, mesh=mesh, param_dtype=dtype)
     measured = Path(section["from_pretrained"]) / "latent.json"
     if measured.is_file() and hasattr(config, LATENT_FIELDS[0]):
         found = read_json(measured)

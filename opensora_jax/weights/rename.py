@@ -135,6 +135,12 @@ def rename_keys(checkpoint: Mapping[str, Any], renames: Mapping[str, str]) -> di
     return renamed
 
 
+def is_ignored(model_name: str, key: str) -> bool:
+    """Returns whether a published key belongs to a part that we do not have."""
+    ignored = NAMES[model_name].ignored
+    return ignored is not None and re.search(ignored, key) is not None
+
+
 def first_of(keys: list[str], count: int = 3) -> str:
     """Returns the first few keys and how many more there are."""
     more = f" and {len(keys) - count} more" if len(keys) > count else ""

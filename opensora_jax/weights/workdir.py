@@ -28,26 +28,24 @@ def is_workdir(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Stored:
-    """The newest checkpoint of a workdir. Raises: UserError when it holds none."""
+    """The newest checkpoint of a workdir."""
 
     workdir: Path
 
     @cached_property
-    def has_step(self) -> bool:
-        """Whether any step is finished."""
+    def latest_step(self) -> int | None:
+        """The newest finished step, or None."""
         with self._manager() as manager:
-            return manager.latest_step() is not None
+            return manager.latest_step()
 
-    @cached_property
+    @property
     def step(self) -> int:
-        """The newest finished step."""
-        with self._manager() as manager:
-            step = manager.latest_step()
-        if step is None:
+        """The newest finished step. Raises: UserError when there is none."""
+        if self.latest_step is None:
             raise UserError(
                 f"{self.workdir / FOLDER} holds no finished checkpoint: let the training run save one first"
             )
-        return step
+        return self.latest_step
 
     @cached_property
     def meta(self) -> dict[str, Any]:
@@ -120,7 +118,7 @@ def _read(array: StoredArray) -> np.ndarray:
 
 def check_new(workdir: Path) -> None:
     """Raises: UserError when a folder has checkpoints already, or is a file."""
-    if is_workdir(workdir) and Stored(workdir).has_step:
+    if is_workdir(workdir) and Stored(workdir).latest_step is not None:
         raise UserError(f"{workdir} has checkpoints already; give a new folder, or remove {workdir / FOLDER}.")
     if workdir.is_file():
         raise UserError(f"{workdir} is a file; give a folder for the checkpoint.")

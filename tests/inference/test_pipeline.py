@@ -13,6 +13,7 @@ from opensora_jax.inference.pipeline import Pipeline, draw_noise, trim
 from opensora_jax.inference.request import Request, SamplingOption
 from opensora_jax.nn.tiling import Tiling, tiled_decode
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.inference.fakes import Autoencoder, encode_text
 
 OPTION = SamplingOption(
     resolution=None,
@@ -50,31 +51,6 @@ class Denoiser(nnx.Module):
     def __call__(self, x, t, text, pooled, condition, guidance):
         shift = (text.sum((1, 2)) + pooled.sum(1) + t)[:, None, None, None, None]
         return self.gain[...] * jnp.sin(x + shift) + 0.1 * condition.sum(-1, keepdims=True)
-
-
-class Autoencoder(nnx.Module):
-    """Averages blocks of 4 frames of 4x4 pixels (the first frame alone); decoding repeats them."""
-
-    strides, is_causal, latent_channels = (4, 4, 4), True, 3
-
-    def __init__(self):
-        self.gain = nnx.Param(jnp.float32(1.0))
-
-    def latent_shape(self, frames, height, width):
-        return (frames - 1) // 4 + 1, height // 4, width // 4
-
-    def encode(self, video):
-        return self.gain[...] * video[:, ::4, ::4, ::4]
-
-    def decode(self, latent):
-        frames = jnp.repeat(latent, 4, axis=1)[:, 3:]
-        return jnp.repeat(jnp.repeat(frames, 4, axis=2), 4, axis=3)
-
-
-def encode_text(prompts):
-    seeds = [sum(map(ord, prompt)) for prompt in prompts]
-    rows = [jax.random.normal(jax.random.key(seed), (7,)) for seed in seeds]
-    return jnp.stack(rows)[:, :6].reshape(-1, 2, 3), jnp.stack(rows)[:, 6:]
 
 
 def make_pipeline(batch_size, decode_batch_size=2):
