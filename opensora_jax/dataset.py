@@ -1,29 +1,26 @@
 """Makes and describes data: `python -m opensora_jax.dataset VERB --flags`.
 
 demo   writes the demo set of moving shapes with captions (data/shapes.py)
-meta   probes a folder or a CSV of videos into a table (data/records.py); a second run probes only what is new
+meta   probes a folder, a list or a TFDS set into a table (data/table/records.py); a second run probes only what is new
+shard  copies the clips of a table into ArrayRecord shards, a TFDS data set (data/shards/shard_writer.py)
 text   makes small tokenizers and text encoders from a table's captions (inference/local_encoders.py)
 encode caches the latents and text embeddings that a training config asks for (inference/encode.py)
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 from absl import flags
-from tqdm import tqdm
 
 from opensora_jax.config.build import build
 from opensora_jax.config.command import Main, run_verbs
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.flag import config_flag
-from opensora_jax.data import records, shapes
-
-REASONS_SHOWN = 5
+from opensora_jax.data import shapes
+from opensora_jax.data.table import beam_probing, probing, records, sources, survey
 
 
 def demo(output: Path, num_clips: int, size: int, num_frames: int, fps: int, seed: int) -> Path:
@@ -33,33 +30,47 @@ def demo(output: Path, num_clips: int, size: int, num_frames: int, fps: int, see
     return output
 
 
-def meta(source: Path, output: Path, num_workers: int) -> Path:
-    """Writes the table of all files of `source`; returns its folder. Raises UserError if none is usable."""
-    known = _unchanged_rows(output) if output.exists() else {}
-    rows = _describe_all(records.list_videos(source), known, num_workers)
-    bad = [row for row in rows if row["status"] != "ok"]
-    reasons = "; ".join(f"{row['path']}: {row['reason']}" for row in bad[:REASONS_SHOWN])
-    if len(bad) == len(rows):
-        raise UserError(f"None of the {len(rows)} files of {source} is a usable video ({reasons}). Give others.")
-    records.write_table(pa.Table.from_pylist(rows, schema=records.SCHEMA), output)
-    print(f"{output}: {len(rows) - len(bad)} ok, {len(bad)} bad" + (f" ({reasons})" if bad else ""))
+def meta(
+    source: Path,
+    output: Path,
+    num_workers: int,
+    *,
+    split: str = "train",
+    fps: float | None = None,
+    beam: str | None = None,
+) -> Path:
+    """Writes the table of all clips of `source`; returns its folder. Raises UserError if none is usable.
+
+    `split`: of a TFDS set. `fps`: of its clips that are lists of stills. `beam`: options of Apache Beam, which then
+    probes instead of worker processes.
+    """
+    records.check_suffix(output)  # before a long search
+    clips, repeats = sources.drop_repeats(sources.list_clips(source, split))
+    if beam is None:
+        run = functools.partial(probing.in_processes, num_workers=num_workers, fps=fps)
+    else:
+        beam_probing.check(beam)
+        run = functools.partial(
+            beam_probing.on_beam, folder=output.with_name(f"{output.name}.beam"), options=beam, fps=fps
+        )
+    table = survey.make_table(clips, output, run, num_workers, distrusted=fps is not None)
+    print(f"{output}:", "\n".join(survey.summary(table, repeats)))
+    print(f"next: name it in a config, --config.dataset.data_path={output}")
     return output.parent
 
 
-def _unchanged_rows(table: Path) -> dict[str, dict[str, Any]]:
-    """Usable rows of an earlier run whose file has kept its time and size; bad files get a second chance."""
-    rows = records.read_table(table).select(records.SCHEMA.names).to_pylist()
-    fine = (row for row in rows if row["status"] == "ok")
-    return {row["path"]: row for row in fine if (row["mtime_ns"], row["size_bytes"]) == records.file_stamp(row["path"])}
+def shard(meta: Path, output: Path, name: str, shard_mb: int, num_workers: int) -> Path:
+    """Writes the shards of a table's clips, or finds them finished; returns their folder."""
+    from opensora_jax.data.shards.shard_writer import write_shards  # brings TFDS, which the other verbs need not
 
-
-def _describe_all(pairs: list[tuple[str, str]], known: dict[str, dict[str, Any]], num_workers: int) -> list[dict]:
-    def row_of(pair: tuple[str, str]) -> dict[str, Any]:
-        path, text = pair
-        return known[path] | {"text": text} if path in known else records.describe(path, text)
-
-    with ThreadPoolExecutor(num_workers) as pool:
-        return list(tqdm(pool.map(row_of, pairs), total=len(pairs), desc="probe", unit="file"))
+    table = records.read_table(meta)
+    done = write_shards(table, output, name=name, shard_bytes=shard_mb << 20, num_workers=num_workers)
+    new = f"{done.new_shards} of them new" if done.new_shards else "all there already"
+    print(f"{output}: {done.clips} clips in {done.shards} shards, {new}")
+    for reason, count in done.left_out:
+        print(f"  left out, {count}: {reason}")
+    print(f"next: name it in a config, --config.dataset.data_path={output / 'meta.parquet'}")
+    return output
 
 
 def _define_demo() -> None:
@@ -72,9 +83,21 @@ def _define_demo() -> None:
 
 
 def _define_meta() -> None:
-    flags.DEFINE_string("input", None, "folder of videos, or a .csv or .parquet with path,text", required=True)
+    flags.DEFINE_string("input", None, sources.WANTED, required=True)
     flags.DEFINE_string("output", None, "table to write: .parquet or .csv", required=True)
-    flags.DEFINE_integer("num_workers", (os.cpu_count() or 1) + 1, "files probed at a time", lower_bound=1)
+    flags.DEFINE_integer("num_workers", (os.cpu_count() or 1) + 1, "clips probed at a time", lower_bound=1)
+    flags.DEFINE_string("split", "train", "of a TFDS set")
+    flags.DEFINE_float("fps", None, "frames per second of videos that TFDS stores as stills", lower_bound=1e-3)
+    flags.DEFINE_enum("runner", "processes", ["processes", "beam"], "what probes: this machine, or Apache Beam")
+    flags.DEFINE_string("beam_options", "", "Apache Beam's own flags in one string")
+
+
+def _define_shard() -> None:
+    flags.DEFINE_string("meta", None, "table made by `dataset meta`", required=True)
+    flags.DEFINE_string("output", None, "folder to write", required=True)
+    flags.DEFINE_string("name", "clips", "name of the data set, which its files carry")
+    flags.DEFINE_integer("shard_mb", 256, "size of a shard in MiB", lower_bound=1)
+    flags.DEFINE_integer("num_workers", 4, "shards written at a time", lower_bound=1)
 
 
 def _define_text() -> None:
@@ -91,7 +114,15 @@ def _run_demo(argv: list[str]) -> Path:
 
 def _run_meta(argv: list[str]) -> Path:
     given = flags.FLAGS
-    return meta(Path(given.input), Path(given.output), given.num_workers)
+    if given.beam_options and given.runner != "beam":
+        raise UserError("--beam_options goes with --runner=beam: give that too, or leave the options out.")
+    beam = given.beam_options if given.runner == "beam" else None
+    return meta(Path(given.input), Path(given.output), given.num_workers, split=given.split, fps=given.fps, beam=beam)
+
+
+def _run_shard(argv: list[str]) -> Path:
+    given = flags.FLAGS
+    return shard(Path(given.meta), Path(given.output), given.name, given.shard_mb, given.num_workers)
 
 
 def _run_text(argv: list[str]) -> Path:
@@ -104,21 +135,29 @@ def _run_text(argv: list[str]) -> Path:
     return Path(given.output).parent
 
 
-def _run_encode(argv: list[str]) -> Path:
+def _run_encode(argv: list[str]) -> Path | None:
     from opensora_jax.inference import encode
 
     config = flags.FLAGS.config
     sections = {field.name: config[field.name] for field in dataclasses.fields(encode.EncodeJob)}
-    return encode.run(build(encode.EncodeJob, sections, "config")).folder.parent
+    cache = encode.run(build(encode.EncodeJob, sections, "config"))
+    return cache.folder.parent if cache else None
 
 
 DEFINE_FLAGS: dict[str, Callable[[], object]] = {
     "demo": _define_demo,
     "meta": _define_meta,
+    "shard": _define_shard,
     "text": _define_text,
     "encode": config_flag,
 }
-VERBS: dict[str, Main] = {"demo": _run_demo, "meta": _run_meta, "text": _run_text, "encode": _run_encode}
+VERBS: dict[str, Main] = {
+    "demo": _run_demo,
+    "meta": _run_meta,
+    "shard": _run_shard,
+    "text": _run_text,
+    "encode": _run_encode,
+}
 
 
 if __name__ == "__main__":

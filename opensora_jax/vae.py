@@ -6,7 +6,6 @@ stats        exact mean and standard deviation of each latent channel, in save_d
 A killed run continues where it stopped, with the same command.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -26,21 +26,30 @@ from opensora_jax.config.command import Main, run_verbs
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.files import write_json
 from opensora_jax.config.flag import config_flag
-from opensora_jax.data.buckets import Bucket, Buckets
+from opensora_jax.data.cache.cache_key import Identity
+from opensora_jax.data.cache.latent_writer import LatentWriter
+from opensora_jax.data.cache.latents import CacheInfo
+from opensora_jax.data.clip_source import ClipSource
 from opensora_jax.data.clips import ClipDataset, assigned_rows, read_once
-from opensora_jax.data.latent_shards import LatentShards
-from opensora_jax.data.loader import ClipSource
-from opensora_jax.data.records import read_table
+from opensora_jax.data.plan.buckets import Bucket
 from opensora_jax.inference import outputs
-from opensora_jax.inference.encode import EncodeConfig
+from opensora_jax.inference.latents import (
+    ClipWork,
+    LatentConfig,
+    Rows,
+    check_sizes,
+    finish,
+    latents_identity,
+    this_host,
+    write_latents,
+)
 from opensora_jax.models.codec import Codec, to_pixels
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.training.quality import psnr_db, ssim
 from opensora_jax.training.reconstruction import LatentSums
-from opensora_jax.weights.pretrained import AUTOENCODERS, CRITICS, create, fingerprint, load, parse_dtype, parse_model
+from opensora_jax.weights.pretrained import AUTOENCODERS, CRITICS, create, load, parse_dtype, parse_model
 
 CONFIG = config_flag()
-Rows = list[tuple[Bucket, int]]
 
 
 @dataclass(frozen=True)
@@ -54,29 +63,26 @@ class VAEConfig:
     lpips: dict[str, Any]  # where the weights of the perceptual distance are (empty: it is left out)
     dataset: ClipDataset
     bucket_config: dict[str, dict[int, Any]]
-    encode: EncodeConfig
+    encode: LatentConfig
     num_samples: int | None  # clips used; None for all
-    shard_clips: int  # latents in a file
     mesh: MeshConfig
-
-    def __post_init__(self):
-        """Check what no other section knows."""
-        if self.shard_clips < 1 or self.shard_clips % self.encode.batch_size:
-            raise ValueError(
-                f"shard_clips is a multiple of encode.batch_size = {self.encode.batch_size}: got {self.shard_clips}"
-            )
 
 
 @dataclass(frozen=True)
 class Work:
-    """An autoencoder and the clips to use it on, both loaded; `key` is a hash of them and of the settings."""
+    """An autoencoder and the clips to use it on, both loaded, and what their latents depend on."""
 
     config: VAEConfig
     codec: Codec
     table: pa.Table
     source: ClipSource
     rows: Rows
-    key: str
+    identity: Identity
+
+    @property
+    def key(self) -> str:
+        """A hash of the autoencoder, the clips and the settings."""
+        return self.identity.key
 
     def batches(self, rows: Rows, title: str) -> Iterator[tuple[Bucket, list[int], np.ndarray]]:
         """Yields (bucket, rows, clips), the last clips of a short batch being copies."""
@@ -104,49 +110,29 @@ def prepare() -> Work:
     """Returns the work of the config. Raises: UserError for sizes or weights that do not fit, before any is loaded."""
     config = build(VAEConfig, CONFIG.value, "config")
     module, fields = parse_model(config.model, AUTOENCODERS, "config.model")
-    table = read_table(config.dataset.data_path)
-    buckets = Buckets(config.bucket_config, spatial_unit=config.dataset.spatial_unit, fps_max=config.dataset.fps_max)
+    table = config.dataset.table()
+    buckets = config.dataset.buckets(config.bucket_config)
     rows = assigned_rows(table, buckets, config.encode.seed)[: config.num_samples]
-    check_sizes(nnx.eval_shape(lambda: module(fields, rngs=nnx.Rngs(0))), [bucket for bucket, _ in rows])
-    mesh, dtype = make_mesh(config.mesh), parse_dtype(config.dtype)
+    check_sizes(nnx.eval_shape(lambda: module(fields, rngs=nnx.Rngs(0))), rows)
+    mesh, dtype = make_mesh(config.mesh, jax.local_devices()), parse_dtype(config.dtype)
     if not config.model["from_pretrained"]:
         logging.warning("config.model.from_pretrained is empty: the autoencoder has random weights")
         model: Any = create(config.model, AUTOENCODERS, "config.model", dtype=dtype, mesh=mesh, seed=config.encode.seed)
     else:
         model = load(config.model, AUTOENCODERS, "config.model", dtype=dtype, mesh=mesh)
-    files = table.select(["path", "text", "size_bytes", "mtime_ns"]).to_pylist()
-    parts = (fingerprint(model), model.config, config.dtype, config.encode, config.dataset.fps_max, files, rows)
-    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    return Work(config, Codec(model, mesh), table, config.dataset.source(table), rows, key)
+    identity = latents_identity(model, config.dtype, config.encode, config.dataset, table, rows)
+    return Work(config, Codec(model, mesh), table, config.dataset.source(table), rows, identity)
 
 
-def check_sizes(autoencoder: Any, buckets: list[Bucket]) -> None:
-    """Raises: UserError naming the first bucket whose clips the autoencoder cannot take."""
-    for bucket in dict.fromkeys(buckets):
-        try:
-            autoencoder.latent_shape(bucket.num_frames, bucket.height, bucket.width)
-        except ValueError as error:
-            raise UserError(f"config.bucket_config {bucket.resolution}, {bucket.num_frames} frames: {error}") from error
-
-
-def encode(argv: list[str]) -> Path:
-    """Writes the latents that are missing; returns save_dir."""
-    work = prepare()
-    config, size = work.config, work.config.shard_clips
-    shards = LatentShards(config.save_dir / "latents", work.key)
-    parts = [work.rows[start : start + size] for start in range(0, len(work.rows), size)]
-    todo = [number for number in range(len(parts)) if not shards.is_finished(number)]
-    for number in todo:
-        about, latents = [], []
-        for bucket, ids, clips in work.batches(parts[number], f"shard {number + 1} of {len(parts)}"):
-            found = work.codec.encode(clips, config.encode.keys(ids))
-            latents += list(np.asarray(found, np.float32)[: len(ids)])
-            about += [work.about(bucket, row) for row in ids]
-        if not about:
-            raise UserError(f"none of the {len(parts[number])} clips of shard {number} can be read: see the warnings")
-        shards.write(number, about, latents)
-    print(f"{shards.folder}: {len(shards.index())} latents in {len(parts)} shards, {len(todo)} of them new")
-    return config.save_dir
+def encode(argv: list[str]) -> Path | None:
+    """Writes the latents that are missing; returns save_dir, or None while other processes are at work."""
+    work, host = prepare(), this_host()
+    config, settings = work.config, work.config.encode
+    stored = (settings.dtype or config.dtype, len(work.rows), settings.shard_clips, 0, 1)
+    writer = LatentWriter(config.save_dir / "latents", CacheInfo("vae encode", work.identity, *stored))
+    writer.start()
+    new = write_latents(writer, ClipWork(work.codec, work.source, work.rows, settings), host)
+    return config.save_dir if finish(writer, new) else None
 
 
 def reconstruct(argv: list[str]) -> Path:

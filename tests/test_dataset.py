@@ -1,90 +1,242 @@
+"""`dataset meta` over real files of every kind that a folder can hold, and the commands as processes."""
+
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from opensora_jax import dataset
 from opensora_jax.config.errors import UserError
-from opensora_jax.data import records, video
-from opensora_jax.data.video import write_video
+from opensora_jax.data.media.ffmpeg_process import binary
+from opensora_jax.data.media.video_writer import write_video
+from opensora_jax.data.shards.shard_writer import write_shards
+from opensora_jax.data.table import records
 
 ROOT = Path(__file__).parents[1]
 
+USABLE = {  # name: frames, height, width
+    "a.mp4": (7, 34, 46),
+    "b.mp4": (5, 62, 38),
+    "c.png": (1, 31, 47),
+    "cut.mp4": (4, 34, 46),  # the end is missing; its index is at the front
+    "mp4_in.jpg": (7, 34, 46),
+    "odd_size.mp4": (4, 31, 47),
+    "one_frame.mp4": (1, 34, 46),
+    "png_in.mp4": (1, 31, 47),
+    "rotated.mp4": (7, 46, 34),
+    "variable.mp4": (5, 34, 46),
+}
+BAD = {
+    "empty.mp4": "the file is empty",
+    "folder.mp4": "not a file",
+    "garbled.png": "the video stream holds no frames",
+    "headless.mp4": "ffmpeg: moov atom not found",
+    "huge.png": "the video stream holds no frames",  # says that it has 10^6 x 10^6 pixels
+    "list.mp4": "a list of files to play, not a video",
+    "sound.mp4": "no video stream in the file",
+    "words.mp4": "ffmpeg: ",
+}
+NAMED_IN_TABLES = {"words.nfo": "text, not a video"}  # a folder's file is known by its suffix
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     line = [sys.executable, "-m", "opensora_jax.dataset", *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    variables = os.environ | environment
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, env=variables)
 
 
-@pytest.fixture
-def mixed(tmp_path) -> Path:
-    """Real videos of several sizes and rates, one rotated, and three files that are none."""
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    for name, shape, fps in (
-        ("a.mp4", (7, 34, 46), 8),
-        ("b.mp4", (5, 62, 38), 29.97),
-        ("c.png", (1, 31, 47), 8),
-    ):
-        write_video(folder / name, np.full((*shape, 3), 77, np.uint8), fps)
-    turn = [
-        video.binary(),
-        "-nostdin",
-        "-loglevel",
-        "error",
-        "-display_rotation",
-        "90",
-        "-i",
-        str(folder / "a.mp4"),
-    ]
-    subprocess.run([*turn, "-c", "copy", str(folder / "rotated.mp4")], check=True, timeout=60)
+def ffmpeg(*arguments: str | Path) -> None:
+    line = [binary(), "-nostdin", "-loglevel", "error", *map(str, arguments)]
+    subprocess.run(line, check=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder with all of USABLE, BAD and NAMED_IN_TABLES."""
+    folder = tmp_path_factory.mktemp("files")
+    noise = np.random.default_rng(0).integers(0, 256, (7, 34, 46, 3), np.uint8)
+    clip = write_video(folder / "a.mp4", noise, 8)
+    write_video(folder / "b.mp4", np.full((5, 62, 38, 3), 77, np.uint8), 29.97)
+    image = write_video(folder / "c.png", np.full((1, 31, 47, 3), 77, np.uint8), 8)
+    data = clip.read_bytes()
+    (folder / "cut.mp4").write_bytes(data[: -len(data) // 4])
+    (folder / "headless.mp4").write_bytes(data[: data.index(b"moov")])
+    shutil.copy(clip, folder / "mp4_in.jpg")
+    shutil.copy(image, folder / "png_in.mp4")
+    test_source = ("-f", "lavfi", "-i", "testsrc=size=47x31:rate=8:duration=0.5")
+    ffmpeg(*test_source, "-c:v", "libx264", "-pix_fmt", "yuv444p", folder / "odd_size.mp4")
+    ffmpeg("-i", clip, "-frames:v", "1", folder / "one_frame.mp4")
+    ffmpeg("-display_rotation", "90", "-i", clip, "-c", "copy", folder / "rotated.mp4")
+    gap = "select='not(between(n,2,3))'"
+    ffmpeg("-i", clip, "-vf", gap, "-fps_mode", "passthrough", folder / "variable.mp4")
+    ffmpeg("-f", "lavfi", "-i", "sine=duration=0.2", folder / "sound.mp4")
     (folder / "empty.mp4").touch()
-    (folder / "text.mp4").write_text("no video at all")
-    (folder / "cut.mp4").write_bytes((folder / "a.mp4").read_bytes()[:700])
+    (folder / "folder.mp4").mkdir()
+    png = image.read_bytes()
+    (folder / "garbled.png").write_bytes(png[:45] + bytes(len(png) - 45))
+    (folder / "huge.png").write_bytes(png[:16] + (10**6).to_bytes(4, "big") * 2 + png[24:])
+    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    for name in ("words.mp4", "words.nfo"):
+        (folder / name).write_text("no video at all\n" * 20)
     return folder
 
 
-def test_meta_tells_good_files_from_bad_ones(mixed, tmp_path, capsys):
-    dataset.meta(mixed, tmp_path / "meta.parquet", 2)
-    rows = {Path(r["path"]).name: r for r in records.read_table(tmp_path / "meta.parquet").to_pylist()}
+def rows_of(table: Path) -> dict[str, dict]:
+    return {Path(row["path"]).name: row for row in records.read_table(table).to_pylist()}
+
+
+def write_list(path: Path, files: Path, names: list[str]) -> Path:
+    path.write_text("path,text\n" + "".join(f"{files / name},a caption\n" for name in names))
+    return path
+
+
+def test_meta_tells_usable_files_from_bad_ones(files, tmp_path, capfd):
+    dataset.meta(files, tmp_path / "meta.parquet", 2)
+    rows = rows_of(tmp_path / "meta.parquet")
     sizes = {name: (r["num_frames"], r["height"], r["width"]) for name, r in rows.items() if r["status"] == "ok"}
-    assert sizes == {
-        "a.mp4": (7, 34, 46),
-        "b.mp4": (5, 62, 38),
-        "c.png": (1, 31, 47),
-        "rotated.mp4": (7, 46, 34),
-    }
+    assert sizes == USABLE
+    reasons = {name: row["reason"] for name, row in rows.items() if row["status"] == "bad"}
+    assert reasons.keys() == BAD.keys()
+    assert {name: reason[: len(BAD[name])] for name, reason in reasons.items()} == BAD
+    assert [name for name, row in rows.items() if row["variable_fps"]] == ["variable.mp4"]
+    assert [name for name, row in rows.items() if np.isnan(row["fps"]) and name in USABLE] == [
+        "c.png",
+        "one_frame.mp4",
+        "png_in.mp4",
+    ]
     assert rows["b.mp4"]["fps"] == pytest.approx(29.97)
-    assert rows["empty.mp4"]["reason"] == "the file is empty"
+    printed, bar = capfd.readouterr()
+    lines = printed.splitlines()
+    assert lines[0] == f"{tmp_path}/meta.parquet: 10 of 18 clips are usable: 7 videos, 3 images"
+    assert f"       1 bad: the file is empty, first {files}/empty.mp4" in lines
+    assert f"       1 with a variable frame rate, first {files}/variable.mp4" in lines
+    assert lines[-1] == f"next: name it in a config, --config.dataset.data_path={tmp_path}/meta.parquet"
+    assert "bad=8, ok=10" in bar
+
+
+def test_a_list_can_name_what_a_folder_would_not_show(files, tmp_path, capsys):
+    shutil.copy(files / "a.mp4", tmp_path / "mp4_in.txt")
+    rows = [
+        ("mp4_in.txt", b"caf\xe9"),
+        ("mp4_in.txt", b"again"),
+        (f"{files}/c.png", b""),
+        (f"{files}/b.mp4", b"nan"),
+        (f"{files}/words.nfo", b"text"),
+        ("gone.mp4", b"x"),
+        ("https://x.org/a.mp4", b"x"),
+        ("", b"x"),
+    ]
+    (tmp_path / "list.csv").write_bytes(b"path,text\n" + b"".join(b"%b,%b\n" % (n.encode(), t) for n, t in rows))
+    dataset.meta(tmp_path / "list.csv", tmp_path / "meta.csv", 1)
+    table = records.read_table(tmp_path / "meta.csv").select(["text", "status", "reason"]).to_pylist()
+    assert [tuple(row.values()) for row in table] == [
+        ("caf\N{REPLACEMENT CHARACTER}", "ok", ""),
+        ("", "ok", ""),
+        ("", "ok", ""),
+        ("text", "bad", "text, not a video"),
+        ("x", "bad", "no such file"),
+        ("x", "bad", "a URL, not a file: download it first"),
+        ("x", "bad", "the row has no path"),
+    ]
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1
-    assert "4 ok, 3 bad" in printed
-    assert "empty.mp4: the file is empty" in printed
+    assert f"       1 left out: the clip of an earlier row again, first {tmp_path}/mp4_in.txt" in printed
+    assert f"       2 without a caption, first {files}/c.png" in printed
+    assert '       1 bad: the row has no path, first ""' in printed
 
 
-def test_meta_probes_only_what_changed_but_takes_new_captions(mixed, tmp_path, monkeypatch):
-    output = tmp_path / "meta.parquet"
-    dataset.meta(mixed, output, 2)
-    (mixed / "a.txt").write_text("a new caption")
-    write_video(mixed / "b.mp4", np.zeros((3, 62, 38, 3), np.uint8), 8)
-    probed = []
-    monkeypatch.setattr(records, "probe", lambda path: probed.append(Path(path).name) or video.probe(path))
-    dataset.meta(mixed, output, 1)
-    assert sorted(probed) == ["b.mp4", "cut.mp4", "empty.mp4", "text.mp4"]
-    rows = {Path(r["path"]).name: r for r in records.read_table(output).to_pylist()}
-    assert rows["a.mp4"]["text"] == "a new caption"
-    assert rows["b.mp4"]["num_frames"] == 3
+def test_meta_probes_again_what_a_table_claims(files, tmp_path):
+    claims = {"num_frames": [10**9, -1], "height": [-720, 0], "fps": ["fast", "inf"], "score_aes": [4.5, None]}
+    paths = [str(files / name) for name in ("a.mp4", "c.png")]
+    pq.write_table(pa.table({"path": paths, "text": ["x", None]} | claims), tmp_path / "list.parquet")
+    dataset.meta(tmp_path / "list.parquet", tmp_path / "meta.parquet", 1)
+    rows = list(rows_of(tmp_path / "meta.parquet").values())
+    assert [(row["num_frames"], row["height"], row["text"]) for row in rows] == [(7, 34, "x"), (1, 31, "")]
+    assert [row["score_aes"] for row in rows] == [4.5, None]
+    np.testing.assert_equal([row["fps"] for row in rows], [8.0, float("nan")])
 
 
-def test_meta_of_bad_files_only_writes_nothing(tmp_path):
-    (tmp_path / "text.mp4").write_text("no video at all")
-    with pytest.raises(UserError, match=r"None of the 1 files .*text\.mp4: ffmpeg: "):
-        dataset.meta(tmp_path, tmp_path / "meta.parquet", 1)
-    assert os.listdir(tmp_path) == ["text.mp4"]
+def test_meta_of_shards_finds_clips_and_captions(files, tmp_path):
+    source = write_list(tmp_path / "list.csv", files, ["a.mp4", "c.png", "rotated.mp4"])
+    dataset.meta(source, tmp_path / "meta.parquet", 1)
+    write_shards(
+        records.read_table(tmp_path / "meta.parquet"),
+        tmp_path / "shards",
+        name="clips",
+        shard_bytes=1 << 20,
+        num_workers=1,
+    )
+    dataset.meta(tmp_path / "shards", tmp_path / "again.parquet", 1)
+    before, after = (records.read_table(tmp_path / name) for name in ("meta.parquet", "again.parquet"))
+    facts = ["text", "num_frames", "height", "width", "fps", "variable_fps", "status"]
+    assert repr(after.select(facts).to_pylist()) == repr(before.select(facts).to_pylist())
+    assert after["record"].to_pylist() == [0, 1, 2]
+    (shard,) = after["shard"].unique().to_pylist()
+    assert Path(shard).parent == tmp_path / "shards"
+    with pytest.raises(UserError, match="no split 'test', only train"):
+        dataset.meta(tmp_path / "shards", tmp_path / "test.parquet", 1, split="test")
+
+
+def test_a_killed_meta_goes_on_and_leaves_no_process(files, tmp_path):
+    """kill -9, which no program can answer; this ffmpeg is slow, and notes each of its calls."""
+    for number in range(48):
+        os.link(files / "a.mp4", (tmp_path / f"{number:02d}.mp4"))
+    slow, calls, table = tmp_path / "ffmpeg", tmp_path / "calls", tmp_path / "out" / "meta.parquet"
+    slow.write_text(f'#!/bin/sh\necho >>{calls}\nsleep 0.1\nexec {binary()} "$@"\n')
+    slow.chmod(0o755)
+    arguments = ["meta", f"--input={tmp_path}", f"--output={table}", "--num_workers=2"]
+    line = [sys.executable, "-m", "opensora_jax.dataset", *arguments]
+    partial = table.with_name("meta.parquet.partial")
+    process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"FFMPEG_BINARY": str(slow)}, stderr=subprocess.DEVNULL)
+    while not (partial.exists() and partial.read_bytes().count(b"\n")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}/cwd").exists() for worker in workers):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.02)
+    assert os.listdir(table.parent) == ["meta.parquet.partial"]
+    kept = partial.read_bytes().count(b"\n")
+    assert 16 <= kept < 48
+    calls.unlink()
+    assert command(*arguments, FFMPEG_BINARY=str(slow)).returncode == 0
+    assert calls.read_bytes().count(b"\n") == 48 - kept
+    assert sorted(os.listdir(table.parent)) == ["meta.parquet", "runs.jsonl"]
+    assert records.read_table(table)["num_frames"].to_pylist() == [7] * 48
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.csv", b"", "Cannot read .*list.csv .Empty CSV file"),
+        ("list.csv", b"path,text\n", "No clips in .*list.csv"),
+        ("list.csv", b"path,caption\na.mp4,x\n", "lacks text: it has path, caption and needs path,text"),
+        ("list.csv", b"path,text\na.mp4,x,y\n", "Expected 2 columns, got 3"),
+        ("list.parquet", b"PAR1 and no more", "Cannot read .*list.parquet"),
+        ("list.json", b"{}", r"it must be a \.csv or \.parquet with path,text"),
+        ("folder/notes.md", b"no clip", "No clips in .*folder"),
+        ("words.mp4", b"a clip for --input", r"it must be a \.csv or \.parquet with path,text"),
+    ],
+)
+def test_a_bad_source_is_one_error_and_writes_nothing(tmp_path, name, content, message):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    source = tmp_path / Path(name).parts[0]
+    with pytest.raises(UserError, match=message) as caught:
+        dataset.meta(source, tmp_path / "out" / "meta.parquet", 1)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == [source.name]
 
 
 def test_the_commands_make_and_describe_the_demo_set(tmp_path):
@@ -93,7 +245,7 @@ def test_the_commands_make_and_describe_the_demo_set(tmp_path):
     assert made.returncode == 0, made.stderr
     described = command("meta", f"--input={data / 'captions.csv'}", f"--output={table}", "--num_workers=2")
     assert described.returncode == 0, described.stderr
-    assert described.stdout == f"{table}: 3 ok, 0 bad\n"
+    assert described.stdout.startswith(f"{table}: 3 of 3 clips are usable: 3 videos, 0 images\nnext: ")
     assert records.read_table(table)["num_frames"].to_pylist() == [5, 5, 5]
     assert [json.loads(line)["command"] for line in (data / "runs.jsonl").read_text().splitlines()] == ["dataset demo"]
 
@@ -103,6 +255,10 @@ def test_the_commands_make_and_describe_the_demo_set(tmp_path):
     [
         (["meta", "--input=/nowhere", "--output=x.parquet"], "No data at /nowhere"),
         (["meta", "--output=x.parquet"], "--input is missing"),
+        (["meta", "--input=.", "--output=x.json"], "A table is .parquet or .csv: got x.json"),
+        (["meta", "--input=.", "--output=x.csv", "--num_workers=0"], "--num_workers=0"),
+        (["meta", "--input=.", "--output=x.csv", "--runner=spark"], "<processes|beam>"),
+        (["meta", "--input=.", "--output=x.csv", "--beam_options=-a"], "--beam_options goes with --runner=beam"),
         (["demo", "--output=x", "--crf=3"], "no flag --crf"),
         (["dmo"], "demo"),
     ],

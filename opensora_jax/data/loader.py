@@ -3,32 +3,47 @@
 The loader owns no order and no randomness: step k of the plan gives the same batch after a restart and for
 any number of hosts. Nothing raises inside Grain's map, which would break its iterator: a failure travels as a
 value and is raised once, by the iterator. Clips that cannot be read are replaced by others of their bucket,
-drawn by the sample's seed.
+drawn by the sample's seed, and marked.
 """
 
-import threading
-from collections import OrderedDict
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
-import pyarrow as pa
-from absl import logging
-from jaxtyping import UInt8
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.data.buckets import Bucket
-from opensora_jax.data.latents import LatentCache
-from opensora_jax.data.plan import Plan, mix
-from opensora_jax.data.transforms import frame_start, resize_and_crop, target_fps
-from opensora_jax.data.video import VideoError, VideoInfo, read_frames
+from opensora_jax.data.cache.latents import LatentCache
+from opensora_jax.data.media.video import VideoError
+from opensora_jax.data.plan.buckets import Bucket
+from opensora_jax.data.plan.plan import Plan, mix
 
 Batch = dict[str, np.ndarray]
 
 REPLACEMENTS = 20  # draws before a bucket counts as unreadable
-MIN_READS = 100  # the rate of bad clips means nothing before
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """A config's `loader` section, for each host: samples read at a time (-1: one per core), and batches read ahead."""
+
+    num_workers: int
+    prefetch: int
+
+    def __post_init__(self):
+        """Refuse what cannot run."""
+        if self.num_workers == 0 or self.num_workers < -1:
+            raise ValueError(f"num_workers is at least 1, or -1 for one per core: got {self.num_workers}.")
+        if self.prefetch < 0:
+            raise ValueError(f"prefetch is a number of batches, at least 0: got {self.prefetch}.")
+
+    @property
+    def num_threads(self) -> int:
+        """Samples read at a time on this machine."""
+        return (os.cpu_count() or 1) if self.num_workers == -1 else self.num_workers
 
 
 @runtime_checkable
@@ -44,6 +59,9 @@ class Source(Protocol):
         ...
 
 
+DEFAULT = LoaderConfig(num_workers=2, prefetch=2)
+
+
 def make_loader(
     plan: Plan,
     source: Source,
@@ -51,14 +69,12 @@ def make_loader(
     start_step: int,
     num_steps: int,
     host: tuple[int, int] = (0, 1),
-    num_threads: int = 2,
-    prefetch: int = 2,
+    config: LoaderConfig = DEFAULT,
 ) -> Iterator[Batch]:
     """Returns the batches of steps start_step .. start_step + num_steps - 1 for one host of (index, count).
 
-    A batch stacks the source's arrays over this host's contiguous part of the global batch, with "sample_id"
-    [B] and "step" []. `num_threads` samples are read at once; `prefetch` batches are under way or wait (0:
-    read when asked).
+    A batch stacks the source's arrays over this host's contiguous part of the global batch, with "sample_id" [B],
+    "replaced" [B] (the sample stands in for one that cannot be read) and "step" [].
     """
     index, count = host
     if not 0 <= index < count:
@@ -70,13 +86,22 @@ def make_loader(
                 f"choose a batch size and data shards whose product is a multiple of {count}"
             )
     steps = range(start_step, start_step + num_steps)
-    return _iterate(plan, source, steps, host, max(num_threads, 1), prefetch)
+    return _iterate(plan, source, steps, host, config)
 
 
-def _iterate(
-    plan: Plan, source: Source, steps: range, host: tuple[int, int], num_threads: int, prefetch: int
-) -> Iterator[Batch]:
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-sample")
+def example_batches(plan: Plan, source: Source, *, host: tuple[int, int] = (0, 1)) -> dict[str, Batch]:
+    """Returns for every bucket a batch as one host gets it, all of one sample; it takes no memory."""
+    found = {}
+    for bucket in plan.buckets:
+        sample = _read_or_replace(plan, source, bucket, int(plan.samples(bucket)[0]), seed=0)
+        share = plan.batch_size(bucket) // host[1]
+        found[str(bucket)] = {name: np.broadcast_to(value, (share, *value.shape)) for name, value in sample.items()}
+        found[str(bucket)]["step"] = np.asarray(0)
+    return found
+
+
+def _iterate(plan: Plan, source: Source, steps: range, host: tuple[int, int], config: LoaderConfig) -> Iterator[Batch]:
+    pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="read-sample")
 
     def load(step: int) -> "Batch | _Failure":
         try:
@@ -84,7 +109,7 @@ def _iterate(
         except Exception as error:
             return _Failure(error)
 
-    options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
+    options = grain.ReadOptions(num_threads=config.prefetch, prefetch_buffer_size=config.prefetch)
     batches = iter(grain.MapDataset.range(steps.start, steps.stop).map(load).to_iter_dataset(options))
     try:
         for batch in batches:
@@ -116,7 +141,8 @@ def _read_or_replace(plan: Plan, source: Source, bucket: Bucket, sample_id: int,
     pool = plan.samples(bucket)
     for attempt in range(REPLACEMENTS):
         try:
-            return source.read(sample_id, bucket, seed) | {"sample_id": np.asarray(sample_id)}
+            found = source.read(sample_id, bucket, seed)
+            return found | {"sample_id": np.asarray(sample_id), "replaced": np.asarray(attempt > 0)}
         except VideoError as error:
             source.refuse(sample_id, error)
         sample_id = int(pool[mix(seed, attempt)[0] % np.uint64(len(pool))])
@@ -130,88 +156,10 @@ class LatentSource:
         self.cache = cache
 
     def read(self, sample_id: int, bucket: Bucket, seed: int) -> Batch:
-        """Returns latent [T, H, W, C], text [S, D], pooled [P], fps []."""
+        """Returns latent [T, H, W, C], text [S, D], pooled [P], fps [], and ends of clips where the cache has them."""
         del bucket, seed
         return self.cache.read(sample_id)
 
     def refuse(self, sample_id: int, error: VideoError) -> None:
         """Latents are never bad one by one."""
         raise error
-
-
-class ClipSource:
-    """Clips decoded from the files of a table; sample ids are its rows.
-
-    Decoded clips stay in memory up to cache_bytes (0: none). `bad_clips` maps the paths that could not be
-    read to their reasons; reading raises UserError when more than max_bad_rate of all reads met one.
-    """
-
-    def __init__(self, table: pa.Table, *, fps_max: float | int, cache_bytes: int, max_bad_rate: float | int):
-        self.fps_max, self.max_bad_rate = fps_max, max_bad_rate
-        self.paths = table["path"]
-        self.facts = {name: table[name].to_numpy() for name in ("num_frames", "height", "width", "fps", "variable_fps")}
-        self.bad_clips: dict[str, str] = {}
-        self._reads = self._bad_reads = 0
-        self._lock = threading.Lock()
-        self._cache = _ClipCache(cache_bytes)
-
-    def read(self, sample_id: int, bucket: Bucket, seed: int) -> Batch:
-        """Returns video [T, H, W, 3] in uint8, from a start that the seed draws. Raises VideoError."""
-        path = str(self.paths[sample_id])
-        with self._lock:
-            self._reads += 1
-            if path in self.bad_clips:
-                raise VideoError(self.bad_clips[path])
-        info = VideoInfo(**{name: column[sample_id].item() for name, column in self.facts.items()})
-        _, stride = target_fps(info.fps, self.fps_max)
-        start = frame_start(info.num_frames, bucket.num_frames, stride, seed)
-        key = (sample_id, bucket, start, stride)
-        clip = self._cache.get(key)
-        if clip is None:
-            size, crop = resize_and_crop(
-                info.height, info.width, (bucket.height, bucket.width), image=info.num_frames == 1
-            )
-            clip = read_frames(path, info, start=start, count=bucket.num_frames, stride=stride, size=size, crop=crop)
-            self._cache.put(key, clip)
-        return {"video": clip}
-
-    def refuse(self, sample_id: int, error: VideoError) -> None:
-        """Counts a bad read and logs a clip's first. Raises UserError above max_bad_rate."""
-        path = str(self.paths[sample_id])
-        with self._lock:
-            self._bad_reads += 1
-            if path not in self.bad_clips:
-                logging.warning("cannot read %s: %s; another clip takes its place", path, error)
-            self.bad_clips[path] = str(error)
-            too_many = self._bad_reads > self.max_bad_rate * max(self._reads, MIN_READS)
-            counts = f"{self._bad_reads} of {self._reads} reads met one of {len(self.bad_clips)} bad clips"
-        if too_many:
-            raise UserError(
-                f"{counts}, more than max_bad_rate = {self.max_bad_rate}; last: {path} ({error}). "
-                "Probe the files again (`dataset meta`) or raise max_bad_rate"
-            )
-
-
-class _ClipCache:
-    """The most recently used clips, up to a number of bytes; thread-safe."""
-
-    def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
-        self.bytes = 0
-        self._clips: OrderedDict[tuple, UInt8[np.ndarray, "T H W 3"]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple) -> UInt8[np.ndarray, "T H W 3"] | None:
-        with self._lock:
-            if key in self._clips:
-                self._clips.move_to_end(key)
-            return self._clips.get(key)
-
-    def put(self, key: tuple, clip: UInt8[np.ndarray, "T H W 3"]) -> None:
-        with self._lock:
-            if key in self._clips or clip.nbytes > self.max_bytes:
-                return
-            self._clips[key] = clip
-            self.bytes += clip.nbytes
-            while self.bytes > self.max_bytes:
-                self.bytes -= self._clips.popitem(last=False)[1].nbytes

@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.data.video import write_video
+from opensora_jax.config.files import replacing
+from opensora_jax.data.media.video_writer import write_video
 
 SHAPES = ("circle", "square", "triangle")
 COLORS = {  # RGB; hues about 60 degrees apart, of medium brightness, so that both backgrounds set them off
@@ -252,6 +253,5 @@ def _caption_csv(clips: list[tuple[str, Shape, int]]) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -2,10 +2,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from opensora_jax.data.buckets import Bucket, Buckets
+from opensora_jax.data.clip_source import ClipSource
 from opensora_jax.data.clips import ImageSteps, assigned_rows, read_once
-from opensora_jax.data.loader import ClipSource
-from opensora_jax.data.video import VideoError
+from opensora_jax.data.media.video import VideoError
+from opensora_jax.data.plan.buckets import Bucket, Buckets
 
 BUCKET = Bucket("32px", "1:1", 3, 32, 32, 2)
 

@@ -1,35 +1,21 @@
 """The loader: the plan's batches whatever the hosts, start and threads; failures are told once."""
 
+import os
 import threading
 import time
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.data.buckets import Bucket, Buckets
-from opensora_jax.data.latents import CachedBuckets, LatentCache, LatentWriter
-from opensora_jax.data.loader import ClipSource, LatentSource, make_loader
-from opensora_jax.data.plan import Plan
-from opensora_jax.data.video import VideoError, write_video
-
-COUNT = 23
-
-
-def clip_table(paths=None, frames=(9, 14)):
-    rng = np.random.default_rng(1)
-    columns = {
-        "path": paths or [f"{i}.mp4" for i in range(COUNT)],
-        "num_frames": rng.integers(*frames, len(paths or range(COUNT)), endpoint=True),
-    }
-    same = {"height": 48, "width": 60, "fps": 8.0, "variable_fps": False, "status": "ok"}
-    return pa.table(columns | {name: [value] * len(columns["path"]) for name, value in same.items()})
-
-
-def make_plan(table, batch_size=4, data_shards=1):
-    buckets = Buckets({"48px_ar1:1": {9: (1.0, batch_size)}}, spatial_unit=16, fps_max=24)
-    return Plan(table, buckets, seed=3, data_shards=data_shards, small_buckets="repeat")
+from opensora_jax.data.cache.cache_key import Identity
+from opensora_jax.data.cache.latent_writer import LatentWriter
+from opensora_jax.data.cache.latents import CachedBuckets, CacheInfo, LatentCache
+from opensora_jax.data.loader import LatentSource, LoaderConfig, make_loader
+from opensora_jax.data.media.video import VideoError
+from opensora_jax.data.plan.buckets import Bucket
+from opensora_jax.data.plan.plan import Plan
+from tests.data.plans import COUNT, batches, clip_table, make_plan
 
 
 class Fake:
@@ -47,10 +33,6 @@ class Fake:
     def refuse(self, sample_id, error):
         with self.lock:
             self.refused.append(sample_id)
-
-
-def batches(plan, source, start=0, count=13, **options):
-    return list(make_loader(plan, source, start_step=start, num_steps=count, **options))
 
 
 def assert_same(first, second):
@@ -87,15 +69,25 @@ def test_a_start_in_the_middle_gives_the_rest():
     assert_same(batches(plan, Fake(bad=[5]), start=6, count=7), batches(plan, Fake(bad=[5]))[6:])
 
 
-@pytest.mark.parametrize(("num_threads", "prefetch"), [(1, 0), (1, 1), (3, 2), (7, 5)])
-def test_threads_and_prefetch_change_nothing(num_threads, prefetch):
+@pytest.mark.parametrize(("num_workers", "prefetch"), [(1, 0), (1, 1), (3, 2), (7, 5)])
+def test_threads_and_prefetch_change_nothing(num_workers, prefetch):
     plan = make_plan(clip_table())
-    expected = batches(plan, Fake(bad=[1]), num_threads=1, prefetch=0)
+    expected = batches(plan, Fake(bad=[1]), num_workers=1, prefetch=0)
     for _ in range(4):
         assert_same(
-            batches(make_plan(clip_table()), Fake(bad=[1]), num_threads=num_threads, prefetch=prefetch),
+            batches(make_plan(clip_table()), Fake(bad=[1]), num_workers=num_workers, prefetch=prefetch),
             expected,
         )
+
+
+@pytest.mark.parametrize(("num_workers", "prefetch"), [(0, 2), (-2, 2), (2, -1)])
+def test_a_loader_that_cannot_run_is_refused(num_workers, prefetch):
+    with pytest.raises(ValueError, match="at least"):
+        LoaderConfig(num_workers, prefetch)
+
+
+def test_minus_one_worker_is_one_per_core():
+    assert LoaderConfig(-1, 2).num_threads == os.cpu_count()
 
 
 def test_four_loaders_can_share_a_plan():
@@ -123,6 +115,7 @@ def test_a_bad_sample_is_replaced_by_another_of_its_bucket():
         kept = ~np.isin(usual["sample_id"], [4, 7])
         np.testing.assert_array_equal(batch["sample_id"][kept], usual["sample_id"][kept])
         assert not np.isin(batch["sample_id"], [4, 7]).any()
+        np.testing.assert_array_equal(batch["replaced"], ~kept)
     assert set(source.refused) == {4, 7}
 
 
@@ -153,88 +146,16 @@ def test_a_batch_that_does_not_divide_among_hosts_is_refused():
         make_loader(make_plan(clip_table()), Fake(), start_step=0, num_steps=1, host=(2, 2))
 
 
-@pytest.fixture
-def decoder(monkeypatch):
-    """Replaces decoding: frames hold their number; files whose name starts with x cannot be read."""
-    calls = []
-
-    def read_frames(path, info, *, start, count, stride, size, crop):
-        calls.append((path, start))
-        if path.startswith("x"):
-            raise VideoError("damaged")
-        assert (size, crop) == ((48, 60), (0, 6, 48, 48))
-        clip = np.zeros((count, crop[2], crop[3], 3), np.uint8)
-        return clip + (start + stride * np.arange(count, dtype=np.uint8))[:, None, None, None]
-
-    monkeypatch.setattr("opensora_jax.data.loader.read_frames", read_frames)
-    return calls
-
-
-def clip_source(table, cache_bytes=0, max_bad_rate=0.5):
-    return ClipSource(table, fps_max=24, cache_bytes=cache_bytes, max_bad_rate=max_bad_rate)
-
-
-def test_clips_start_where_their_seed_says(decoder):
-    table = clip_table(frames=(9, 30))
-    starts = [b["video"][:, 0, 0, 0, 0] for b in batches(make_plan(table), clip_source(table), count=6)]
-    again = [b["video"][:, 0, 0, 0, 0] for b in batches(make_plan(table), clip_source(table), count=6)]
-    np.testing.assert_array_equal(starts, again)
-    assert len(set(np.concatenate(starts).tolist())) > 3
-
-
-def test_a_cached_clip_is_decoded_once(decoder):
-    table = clip_table(frames=(9, 9))
-    batches(make_plan(table), clip_source(table, cache_bytes=10**7), count=12, num_threads=1)
-    assert len(decoder) == len(set(decoder)) == COUNT
-
-
-def test_the_cache_keeps_to_its_bytes(decoder):
-    clip_bytes = 9 * 48 * 48 * 3
-    table = clip_table(frames=(9, 9))
-    source = clip_source(table, cache_bytes=5 * clip_bytes + 1)
-    batches(make_plan(table), source, count=12)
-    assert source._cache.bytes == 5 * clip_bytes
-    assert len(decoder) > COUNT
-
-
-def test_bad_clips_are_counted_with_their_reason(decoder):
-    table = clip_table(paths=["x0.mp4", *(f"{i}.mp4" for i in range(1, COUNT))])
-    source = clip_source(table)
-    seen = np.concatenate([batch["sample_id"] for batch in batches(make_plan(table), source)])
-    assert source.bad_clips == {"x0.mp4": "damaged"}
-    assert 0 not in seen
-    assert sum(path == "x0.mp4" for path, _ in decoder) <= 2  # known ones are not decoded again
-
-
-def test_too_many_bad_clips_end_the_run(decoder):
-    table = clip_table(paths=[f"{'x' if i % 2 else ''}{i}.mp4" for i in range(COUNT)])
-    with pytest.raises(UserError, match=r"more than max_bad_rate = 0\.25; last: x\d+\.mp4 \(damaged\)"):
-        batches(make_plan(table), clip_source(table, max_bad_rate=0.25), count=60)
-
-
-def test_real_files_become_clips_and_a_broken_one_is_replaced(tmp_path):
-    paths = []
-    for i in range(5):
-        frames = np.full((9, 48, 60, 3), 40 * (i + 1), np.uint8)
-        paths.append(str(write_video(tmp_path / f"{i}.mp4", frames, 8.0)))
-    (tmp_path / "4.mp4").write_bytes(b"no video")
-    table = clip_table(paths=paths, frames=(9, 9))
-    source = clip_source(table)
-    for batch in batches(make_plan(table, batch_size=2), source, count=6):
-        assert batch["video"].dtype == np.uint8
-        assert batch["video"].shape == (2, 9, 48, 48, 3)
-        brightness = batch["video"].mean(axis=(1, 2, 3, 4))
-        np.testing.assert_allclose(brightness, 40 * (batch["sample_id"] + 1), atol=3)
-    assert list(source.bad_clips) == [paths[4]]
-
-
 def test_cached_latents_become_batches(tmp_path):
     bucket = Bucket("48px", "1:1", 9, 48, 48, 1)
-    writer = LatentWriter(tmp_path / "latents", "k")
-    text = writer.add_text("", np.ones((5, 3), np.float32), np.ones(2, np.float32))
-    for i in range(7):
-        writer.add_latent(i, bucket, np.full((3, 6, 6, 2), i, np.float32), text, 8)
-    cache = LatentCache(writer.finish(), "k")
+    writer = LatentWriter(tmp_path, CacheInfo("dataset encode", Identity({}, {}), "float32", 7, 7, 1, 1))
+    writer.start()
+    with writer.writing_texts(0) as texts:
+        texts.add("", np.ones((5, 3), np.float32), np.ones(2, np.float32))
+    with writer.writing_latents(0) as latents:
+        for i in range(7):
+            latents.add(i, bucket, np.full((3, 6, 6, 2), i, np.float32), text_id=0, fps=8, path="")
+    cache = LatentCache(tmp_path)
     plan = Plan(cache.index, CachedBuckets({"48px": {9: (1.0, 3)}}), seed=0, data_shards=1)
     for batch in batches(plan, LatentSource(cache), count=5):
         assert {name: array.shape for name, array in batch.items()} == {
@@ -243,6 +164,7 @@ def test_cached_latents_become_batches(tmp_path):
             "pooled": (3, 2),
             "fps": (3,),
             "sample_id": (3,),
+            "replaced": (3,),
             "step": (),
         }
         np.testing.assert_array_equal(batch["latent"][:, 0, 0, 0, 0], batch["sample_id"])

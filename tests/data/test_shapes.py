@@ -8,8 +8,9 @@ import pytest
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.data import shapes
+from opensora_jax.data.media.video import probe, read_frames
+from opensora_jax.data.media.video_writer import write_video
 from opensora_jax.data.shapes import Shape, caption, identify, parse_caption, render
-from opensora_jax.data.video import probe, read_frames, write_video
 
 SIZE, FRAMES = 32, 9
 SPECS = shapes.all_specs()
@@ -23,8 +24,7 @@ def decoded(tmp_path_factory) -> list[np.ndarray]:
 
     def through_h264(spec: Shape) -> np.ndarray:
         path = write_video(folder / f"{SPECS.index(spec)}.mp4", render(spec, 5, SIZE, FRAMES), 8, crf=12)
-        whole, size = (0, 0, SIZE, SIZE), (SIZE, SIZE)
-        return read_frames(path, probe(path), start=0, count=FRAMES, stride=1, size=size, crop=whole)
+        return read_frames(path, probe(path), picks=np.arange(FRAMES))
 
     with ThreadPoolExecutor(3) as pool:
         return list(pool.map(through_h264, SPECS))

@@ -2,9 +2,19 @@
 
 import math
 
+import pyarrow as pa
 import pytest
 
-from opensora_jax.data.text import add_fps, add_motion_score, ends_with_fps, sampling_text, training_text
+from opensora_jax.config.errors import UserError
+from opensora_jax.data.text import (
+    Texts,
+    add_fps,
+    add_motion_score,
+    ends_with_fps,
+    sampling_text,
+    training_text,
+    training_texts,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,3 +57,42 @@ def test_a_rate_counts_only_as_the_last_sentence():
 
 def test_a_motion_score_may_be_a_word():
     assert add_motion_score("A cat.", "high") == "A cat. high motion score."
+
+
+TABLE = pa.table(
+    {
+        "text": ["a cat", "a cat", "", "a cat", "a dog", "a dog"],
+        "fps": [23.976, 60.0, math.nan, 23.976, 23.976, math.inf],
+        "score": [1.2, 3.5, 0.4, 1.4, None, -2.2],
+    }
+)
+
+
+@pytest.mark.parametrize("fps_suffix", [True, False])
+@pytest.mark.parametrize("motion_score", ["score", ""])
+@pytest.mark.parametrize("fps_max", [24, 999])
+def test_a_table_gets_the_suffix_of_each_of_its_rows(fps_suffix, motion_score, fps_max):
+    found = training_texts(TABLE, fps_max=fps_max, fps_suffix=fps_suffix, motion_score=motion_score)
+    assert found.to_pylist() == [
+        training_text(
+            text, fps=fps if fps_suffix else math.nan, fps_max=fps_max, motion_score=score if motion_score else None
+        )
+        for text, fps, score in zip(*TABLE.to_pydict().values(), strict=True)
+    ]
+
+
+def test_a_score_that_is_no_column_of_numbers_is_refused_by_name():
+    with pytest.raises(UserError, match="names the column 'scores', which the table lacks: it has text, fps, score"):
+        training_texts(TABLE, fps_max=24, fps_suffix=False, motion_score="scores")
+    with pytest.raises(UserError, match="the column 'text' holds no numbers"):
+        training_texts(TABLE, fps_max=24, fps_suffix=False, motion_score="text")
+
+
+def test_the_same_caption_with_another_rate_is_another_text_and_the_empty_one_is_always_there():
+    texts = training_texts(TABLE, fps_max=24, fps_suffix=True, motion_score="")
+    distinct, of_row = Texts.of(texts, [4, 0, 1, 3])
+    assert distinct.to_pylist() == ["", "a cat 20 FPS.", "a cat 23.976 FPS.", "a dog 23.976 FPS."]
+    assert of_row.tolist() == [2, 1, -1, 2, 3, -1]
+    plain = training_texts(TABLE, fps_max=24, fps_suffix=False, motion_score="")
+    assert Texts.of(plain, [2, 0]).distinct.to_pylist() == ["", "a cat"]
+    assert Texts.of(plain, [2, 0]).of_row.tolist() == [1, -1, 0, -1, -1, -1]

@@ -26,9 +26,14 @@ def get_config() -> ConfigDict:
             "lpips": trained.lpips,
             "dataset": trained.dataset.to_dict() | {"data_path": folder + "/held_out.parquet"},
             "bucket_config": {"32px_ar1:1": {9: (1.0, 1)}},
-            "encode": {"batch_size": 8, "posterior": "mode", "seed": 0},
+            "encode": {
+                "batch_size": 8,
+                "posterior": "mode",
+                "seed": 0,
+                "dtype": placeholder(str),  # of the stored values: that of the model
+                "shard_clips": 256,
+            },
             "num_samples": placeholder(int),
-            "shard_clips": 256,
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "seq_method": "ulysses"},
         }
     )

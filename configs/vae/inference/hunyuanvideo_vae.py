@@ -28,13 +28,19 @@ def get_config() -> ConfigDict:
                 "data_path": "datasets/meta.parquet",
                 "fps_max": 16.0,
                 "spatial_unit": 16,
+                "resize": "ffmpeg",  # antialiased; "original": the arithmetic of Open-Sora 2.0
                 "cache_bytes": 1 << 30,
                 "max_bad_rate": 0.05,
             },
             "bucket_config": {"512px_ar1:1": {97: (1.0, 1)}},
-            "encode": {"batch_size": 1, "posterior": "mode", "seed": 42},
+            "encode": {
+                "batch_size": 1,
+                "posterior": "mode",
+                "seed": 42,
+                "dtype": placeholder(str),  # of the stored values: that of the model
+                "shard_clips": 64,
+            },
             "num_samples": placeholder(int),
-            "shard_clips": 64,
-            "mesh": {"data": 1, "fsdp": 1, "tensor": -1},
+            "mesh": {"data": 1, "fsdp": 1, "seq": 1, "tensor": -1, "seq_method": "ulysses"},
         }
     )

@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
                 "data_path": folder + "/meta.parquet",
                 "fps_max": 24.0,
                 "spatial_unit": 8,
+                "resize": "ffmpeg",  # antialiased; "original": the arithmetic of Open-Sora 2.0
                 "cache_bytes": 1 << 30,
                 "max_bad_rate": 0.05,
             },
@@ -48,6 +49,7 @@ def get_config() -> ConfigDict:
             "validation": {"data_path": folder + "/held_out.parquet", "clips": 48, "latent_clips": 256},
             # resolution: {frames: (probability, batch size)}
             "bucket_config": {"32px_ar1:1": {9: (1.0, 4)}},
+            "loader": {"num_workers": 2, "prefetch": 2},  # clips decoded at a time, batches read ahead; per host
             "small_buckets": "repeat",  # a handful of videos is enough to try
             "vae_loss_config": {
                 "l1_loss_weight": 0.0,
@@ -67,9 +69,23 @@ def get_config() -> ConfigDict:
                 "grad_clip": 1.0,
                 "warmup_steps": 20,
                 "lr_schedule": "cosine",
+                "moments_dtype": "float32",
+                "freeze": (),  # published names of parameters, or of modules, that stay as they are
             },
             "ema_decay": 0.99,
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "loop": {"num_steps": 1050, "log_every": 10, "ckpt_every": 150, "keep_n_latest": 2},
+            "mesh": {"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "seq_method": "ulysses"},
+            "distributed": {  # process 0's host:port, the number of processes, this one's; None: ask the cluster
+                "coordinator_address": placeholder(str),
+                "num_processes": placeholder(int),
+                "process_id": placeholder(int),
+            },
+            "loop": {
+                "num_steps": 1050,
+                "log_every": 10,
+                "ckpt_every": 150,
+                "keep_n_latest": 2,
+                "keep_every": 0,  # keep every so many steps' checkpoint for good; 0: none
+                "max_skipped": 10,  # updates with a loss or gradient that is not finite
+            },
         }
     )

@@ -1,0 +1,1 @@
+"""Latents and text embeddings on disk, keyed by what they were made of."""

@@ -1,0 +1,1 @@
+"""Encoded video and images: probing, decoding, geometry of frames, writing."""

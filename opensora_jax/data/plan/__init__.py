@@ -1,0 +1,1 @@
+"""Which samples a step reads: sizes, buckets, and the order of batches."""

@@ -1,0 +1,1 @@
+"""Clips packed into ArrayRecord files that TFDS reads."""

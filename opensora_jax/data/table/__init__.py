@@ -1,0 +1,1 @@
+"""The table of clips: what there is, and what probing found of it."""
