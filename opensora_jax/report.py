@@ -19,8 +19,9 @@ from absl import flags
 
 from opensora_jax.config.command import run
 from opensora_jax.config.errors import UserError
-from opensora_jax.config.files import write_json
-from opensora_jax.data import records, shapes
+from opensora_jax.config.files import replacing, write_json
+from opensora_jax.data import shapes
+from opensora_jax.data.table import sources
 from opensora_jax.inference import outputs
 from opensora_jax.training.curves import series, write_curves
 from opensora_jax.training.metrics import read_metrics
@@ -118,7 +119,8 @@ def validation(folder: Path) -> dict[str, Any]:
     if not found["clips"]:
         raise MissingPartError(f"reconstructions (no held-out clip could be read, says {path})")
     if captions.is_file():
-        pairs = [(Path(file), shapes.parse_caption(text)) for file, text in records.list_videos(captions)]
+        rows = sources.list_clips(captions).to_pylist()
+        pairs = [(Path(row["path"]), shapes.parse_caption(row["text"])) for row in rows]
         right = [shapes.identify(outputs.read(file))["shape"] == spec.shape for file, spec in pairs if spec]
         found |= {"shape_accuracy": float(np.mean(right))} if right else {}
     return found
@@ -152,8 +154,8 @@ def copy_contact_sheet(folder: Path) -> None:
     sheet = folder / "samples" / "contact_sheet.png"
     if not sheet.is_file():
         raise MissingPartError(str(sheet))
-    shutil.copyfile(sheet, folder / ".contact_sheet.png.tmp")
-    os.replace(folder / ".contact_sheet.png.tmp", folder / "contact_sheet.png")
+    with replacing(folder / "contact_sheet.png") as temporary:
+        shutil.copyfile(sheet, temporary)
 
 
 def device() -> dict[str, Any]:

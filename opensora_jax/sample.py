@@ -154,7 +154,8 @@ def make_requests(config: SampleConfig, prompts: list[prompt_list.Prompt]) -> li
 def check(config: SampleConfig, requests: Sequence[Request]) -> None:
     """Raises: UserError for what the models, the mesh or the references do not fit; no weights are read for it."""
     parse_dtype(config.dtype)
-    check_batch_sizes(make_mesh(config.mesh), config.batch_size, config.decode_batch_size)
+    mesh = make_mesh(config.mesh)
+    check_batch_sizes(mesh, config.batch_size, config.decode_batch_size)
     autoencoder = config.video_stage.check()
     if config.image_stage is None:
         check_references(requests, config.cond_type, autoencoder)
@@ -164,6 +165,7 @@ def check(config: SampleConfig, requests: Sequence[Request]) -> None:
             raise UserError("use_t2i2v makes the first frame: leave out --ref, or set --config.use_t2i2v=False.")
     stages = [stage for stage in (config.video_stage, config.image_stage) if stage is not None]
     for stage in stages:
+        stage.check_heads(mesh)
         stage.check_weights()
     widths = read_shape("t5", config.t5).width, read_shape("clip", config.clip).width
     for stage in stages:

@@ -21,17 +21,20 @@ from opensora_jax.config.command import run
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.files import write_json
 from opensora_jax.config.flag import config_flag
-from opensora_jax.data.buckets import Bucket, Buckets
 from opensora_jax.data.clips import ClipDataset, ImageSteps, assigned_rows
-from opensora_jax.data.loader import make_loader
-from opensora_jax.data.plan import Plan
-from opensora_jax.data.records import read_table
+from opensora_jax.data.loader import LoaderConfig, example_batches, make_loader
+from opensora_jax.data.plan.buckets import Bucket, Buckets
+from opensora_jax.data.plan.plan import Plan
+from opensora_jax.data.table.records import read_table
 from opensora_jax.models.codec import Codec
-from opensora_jax.parallel.mesh import MeshConfig, data_shards, make_mesh
+from opensora_jax.parallel.batch import abstract_batch, data_share
+from opensora_jax.parallel.distributed import DistributedConfig, connect
+from opensora_jax.parallel.mesh import MeshConfig, data_shards, make_mesh, one_device
 from opensora_jax.training import reconstruction, vae
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
 from opensora_jax.training.state import make_train_step, plan_state
+from opensora_jax.weights.lora import frozen_parameters
 from opensora_jax.weights.pretrained import (
     AUTOENCODERS,
     CRITICS,
@@ -67,18 +70,21 @@ class TrainVAEConfig:
     images: ImageSteps
     validation: ValidationConfig
     bucket_config: dict[str, dict[int, Any]]
+    loader: LoaderConfig
     small_buckets: str  # what to do with fewer samples than a batch: error, drop or repeat
     vae_loss_config: vae.VAELossConfig
     lpips: Any  # type and where its weights are, for the perceptual loss
     optim: OptimConfig
     ema_decay: float | None
     mesh: MeshConfig
+    distributed: DistributedConfig
     loop: LoopConfig
 
 
 def main(argv: list[str]) -> Path | None:
     """Trains as the config says, then measures the result; returns the workdir."""
     config = build(TrainVAEConfig, CONFIG.value, "config")
+    connect(config.distributed)
     mesh = make_mesh(config.mesh)
     module, model_config = parse_model(config.model, AUTOENCODERS, "config.model")
     dtype, ema = parse_dtype(config.dtype), config.ema_decay is not None
@@ -86,34 +92,38 @@ def main(argv: list[str]) -> Path | None:
         raise UserError(f"train_vae trains hunyuan_vae and flux_ae: got config.model.type={config.model['type']!r}")
 
     dataset = config.dataset
-    buckets = Buckets(config.bucket_config, spatial_unit=dataset.spatial_unit, fps_max=dataset.fps_max)
-    training, held_out = split(read_table(dataset.data_path), config.validation, buckets, config.seed)
+    buckets = dataset.buckets(config.bucket_config)
+    training, held_out = split(dataset.table(), config.validation, buckets, config.seed)
     held_out_rows = assigned_rows(held_out, buckets, config.seed)
     shards, small = data_shards(mesh), config.small_buckets
     plan = Plan(training, buckets, seed=config.seed, data_shards=shards, small_buckets=small)
     logging.info("%s", plan.describe())
-    host, source = (jax.process_index(), jax.process_count()), dataset.source(training)
+    host, source = data_share(mesh), dataset.source(training)
 
-    tx = make_optimizer(config.optim, config.loop.num_steps)
+    optimizer = make_optimizer(config.optim, config.loop.num_steps)
     graphdef, abstract, init = plan_state(
         lambda: module(model_config, dtype=dtype, rngs=nnx.Rngs(config.seed)),
-        tx,
+        optimizer,
         mesh,
         ema=ema,
         pretrained=initial_weights(config.model, AUTOENCODERS, "config.model", mesh=mesh),
+        frozen=frozen_parameters(config.model["type"], config.optim.freeze, None),
     )
+    examples = config.images.examples(example_batches(plan, source, host=host))
     loss = vae.make_loss(config.vae_loss_config, perceptual_distance(config))
     meta = describe(config.model["type"], model_config) | {"ema": ema, "plan": plan.hash}
     state = Run(config.workdir, "train_vae", config.seed, mesh, config.loop, meta, CONFIG.value.to_dict()).fit(
-        make_train_step(graphdef, loss, tx, ema_decay=config.ema_decay),
+        make_train_step(graphdef, loss, optimizer, ema_decay=config.ema_decay),
         init,
         abstract,
         lambda start, stop: config.images.apply(
-            make_loader(plan, source, start_step=start, num_steps=stop - start, host=host), config.seed
+            make_loader(plan, source, start_step=start, num_steps=stop - start, host=host, config=config.loader),
+            config.seed,
         ),
+        {name: abstract_batch(batch, mesh) for name, batch in examples.items()},
     )
     if jax.process_index() == 0 and not is_measured(config.workdir, int(state.step)):
-        codec = Codec(nnx.merge(graphdef, state.ema if ema else state.params), mesh)
+        codec = Codec(nnx.merge(graphdef, state.averaged_params), mesh)
         rows = assigned_rows(training, buckets, config.seed)[: config.validation.latent_clips]
         latent = reconstruction.measure_latent(codec, source, rows, rows[0][0].batch_size)
         write_json(config.workdir / "latent.json", latent)
@@ -131,7 +141,7 @@ def perceptual_distance(config: TrainVAEConfig) -> nnx.Module | None:
     """
     if not config.vae_loss_config.perceptual_loss_weight:
         return None
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
+    mesh = one_device()
     kinds, dtype = {"lpips": CRITICS["lpips"]}, parse_dtype(config.dtype)
     graphdef, params = nnx.split(load(config.lpips, kinds, "config.lpips", dtype=dtype, mesh=mesh))
     return nnx.merge(graphdef, jax.device_get(params))

@@ -20,7 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opensora_jax.data import records, video
+from opensora_jax.data.media import video
+from opensora_jax.data.media.ffmpeg_process import binary
+from opensora_jax.data.media.video_writer import write_video
+from opensora_jax.data.table import probing, records
 
 ROOT = Path(__file__).parents[1]
 SERVER = """
@@ -49,7 +52,7 @@ ENVIRONMENT = os.environ | {
     "TOKENIZERS_PARALLELISM": "false",
 }
 EIGHT_DEVICES = {"XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count=8"}
-PARTS = ("data=2", "fsdp=2", "tensor=2")
+PARTS = ("data=1", "fsdp=2", "seq=2", "tensor=2")
 
 VAE_STEPS, STEPS = 10, 14
 AUTOENCODER = ("latent_channels=4", "block_out_channels=(4,4,8)", "mid_block_add_attention=False")
@@ -137,10 +140,13 @@ def files(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+SPEED = ("step_seconds", "data_wait_seconds", "samples_per_second", "tokens_per_second", "tflops_per_device")
+
+
 def metrics(workdir: Path) -> list[dict]:
-    """Returns the logged steps without their duration."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name != "step_seconds"} for line in lines]
+    """Returns the logged lines but for the times."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
 
 
 def test_the_whole_way_leaves_what_it_promises(world):
@@ -188,7 +194,8 @@ def test_a_second_run_reuses_what_is_there(world, command, tmp_path):
     before = files(folder)
     command("dataset", "demo", f"--output={folder}/data", "--num_clips=16")
     command("dataset", "text", f"--meta={folder}/meta.parquet", f"--output={folder}/text")
-    assert "holds the 16 latents of these clips" in command("dataset", "encode", *train_flags(folder)).stdout
+    assert "16 latents and " in (said := command("dataset", "encode", *train_flags(folder)).stdout)
+    assert "in 2 shards, 0 of them new" in said
     assert f"already finished at step {STEPS}" in command("train", *train_flags(folder)).stderr
     assert "0 new videos, 2 kept" in command("sample", *prompts).stdout
     changed = {name for name, changed_at in files(folder).items() if before.get(name) != changed_at}
@@ -198,7 +205,7 @@ def test_a_second_run_reuses_what_is_there(world, command, tmp_path):
 
 def vae_use_flags(world: Path, folder: Path, *more: str) -> list[str]:
     """Returns the arguments of the vae command on the world's autoencoder and its held-out clips."""
-    size = [*setting("model", *AUTOENCODER), "--config.encode.batch_size=4", "--config.shard_clips=8"]
+    size = [*setting("model", *AUTOENCODER), *setting("encode", "batch_size=4", "shard_clips=8")]
     where = [f"--config.folder={world}", f"--config.save_dir={folder}", "--config.num_samples=10"]
     return ["--config=configs/vae/inference/demo.py", *where, *size, *more]
 
@@ -223,10 +230,10 @@ def test_an_autoencoder_shows_measures_and_keeps_what_it_makes_of_clips(world, c
 def test_latents_are_encoded_in_shards_that_are_continued(world, command, tmp_path):
     flags = vae_use_flags(world, tmp_path)
     assert "10 latents in 2 shards, 2 of them new" in command("vae", "encode", *flags).stdout
-    (tmp_path / "latents" / "latents-00001.parquet").unlink()
+    (tmp_path / "latents" / "latents-00001-of-00002.parquet").unlink()
     assert "10 latents in 2 shards, 1 of them new" in command("vae", "encode", *flags).stdout
-    moved = command("vae", "encode", *flags, "--config.encode.posterior=sample", status=1)
-    assert "other weights, clips or settings" in moved.stderr
+    other = command("vae", "encode", *flags, "--config.encode.posterior=sample", status=1)
+    assert "encode.posterior = 'mode' (now 'sample')" in other.stderr
 
 
 def test_latent_statistics_do_not_depend_on_the_mesh(world, command, tmp_path):
@@ -310,11 +317,50 @@ def test_train_vae_killed_ends_with_the_losses_of_an_uninterrupted_run(world, co
         assert (workdir / name).read_text() == (world / "vae" / name).read_text()
 
 
+LORA_CONFIG = """
+from configs.diffusion.train import demo
+
+def get_config():
+    config = demo.get_config()
+    config.lora = {"rank": 2, "alpha": 4.0, "targets": ("single_blocks",), "from_pretrained": None}
+    return config
+"""
+
+
+def test_a_lora_learns_alone_continues_and_is_left_in_a_folder(world, command, tmp_path):
+    (tmp_path / "lora.py").write_text(LORA_CONFIG)
+    run, flags = tmp_path / "run", [f"--config={tmp_path}/lora.py", *train_flags(world)[1:]]
+    flags += [f"--config.workdir={run}", f"--config.model.from_pretrained={world}/diffusion"]
+    command("train", *flags, "--config.loop.num_steps=3")
+    command("train", *flags, "--config.loop.num_steps=6")
+    command("train", *flags, "--config.loop.num_steps=6", f"--config.workdir={tmp_path}/whole")
+    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(tmp_path / "whole")]
+    about = json.loads((run / "lora" / "adapter_config.json").read_text())
+    assert (about["r"], about["lora_alpha"]) == (2, 4.0)
+    sizes = [
+        sum(files_bytes(folder / "checkpoints" / step)) for folder, step in ((run, "6"), (world / "diffusion", "14"))
+    ]
+    assert sizes[0] < sizes[1]
+
+
+def files_bytes(folder: Path) -> list[int]:
+    return [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+
+
+def test_training_from_videos_needs_no_cache(world, command, tmp_path):
+    flags = train_flags(world, "--config.latents=", f"--config.workdir={tmp_path}/run", "--config.loop.num_steps=4")
+    command("train", *flags, "--config.condition_config.i2v_head=5.0", "--config.accumulation_steps=2")
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["skipped_steps"] == 0 for line in lines)
+    assert {line["bucket"] for line in lines} == {"32px_ar1:1 1:1, 9 frames of 32x32"}
+
+
 def test_eight_devices_train_with_the_losses_of_one_and_sample(world, command, tmp_path):
     workdir, mesh = tmp_path / "run", setting("mesh", *PARTS)
-    quarter = "--config.bucket_config['32px_ar1:1'][9]=(1.0,2)"  # for each of 4 data shards
+    half = "--config.bucket_config['32px_ar1:1'][9]=(1.0,4)"  # for each of 2 data shards
     flags = [flag for flag in train_flags(world) if "bucket_config" not in flag]
-    flags += [f"--config.workdir={workdir}", quarter, "--config.loop.num_steps=3", *mesh]
+    flags += [f"--config.workdir={workdir}", half, "--config.loop.num_steps=3", *mesh]
     command("train", *flags, environment=EIGHT_DEVICES)
     losses, expected = ([line["loss"] for line in metrics(path)] for path in (workdir, world / "diffusion"))
     np.testing.assert_allclose(losses, expected[:3], rtol=1e-5)
@@ -336,8 +382,8 @@ def mess(world, tmp_path_factory) -> Path:
     (folder / "latin.txt").write_bytes("ein K\xe4fer".encode("latin-1"))
     (folder / "file").touch()
     for name in ("a.mp4", "b.mp4"):
-        video.write_video(folder / "short" / name, np.full((5, 32, 32, 3), 77, np.uint8), 8)
-    rows = [records.describe(str(path), "short") for path in sorted((folder / "short").iterdir())]
+        write_video(folder / "short" / name, np.full((5, 32, 32, 3), 77, np.uint8), 8)
+    rows = [probing.describe(str(path)) | {"text": "short"} for path in sorted((folder / "short").iterdir())]
     records.write_table(records.pa.Table.from_pylist(rows, schema=records.SCHEMA), folder / "short.parquet")
     shutil.copytree(world, folder / "world")
     return folder
@@ -355,10 +401,10 @@ CLIP = ("--config.cond_type=v2v_head", *IMAGE[1:], "--config.sampling_option.num
     ("line", "more", "message"),
     [
         (NO_DATA, ["--input={mess}/nowhere"], "No data at {mess}/nowhere"),
-        (NO_DATA, ["--input={mess}/empty"], "No videos in {mess}/empty"),
-        (NO_DATA, ["--input={mess}/notes"], "No videos in {mess}/notes"),
-        (NO_DATA, ["--input={mess}/broken"], "None of the 1 files of {mess}/broken is a usable video"),
-        (NO_DATA, ["--input={mess}/no_rows.csv"], "No videos in {mess}/no_rows.csv"),
+        (NO_DATA, ["--input={mess}/empty"], "No clips in {mess}/empty"),
+        (NO_DATA, ["--input={mess}/notes"], "No clips in {mess}/notes"),
+        (NO_DATA, ["--input={mess}/broken"], "None of the 1 clips can be used (1 bad: ffmpeg: "),
+        (NO_DATA, ["--input={mess}/no_rows.csv"], "No clips in {mess}/no_rows.csv"),
         (NO_DATA, ["--input={mess}/file"], "Cannot read {mess}/file"),
         (VAE, ["--config.dataset.data_path={mess}/nowhere.parquet"], "Cannot read {mess}/nowhere.parquet"),
         (VAE, ["--config.dataset.data_path={mess}/short.parquet"], "2 shorter than 9 frames (longest: 5)"),
@@ -367,9 +413,11 @@ CLIP = ("--config.cond_type=v2v_head", *IMAGE[1:], "--config.sampling_option.num
         (VAE, ["--config.model.latent_channels=5"], "model.latent_channels is 4 there and 5 in the config"),
         (ENCODE, ["--config.ae.from_pretrained={mess}"], "holds no checkpoints and no file of weights"),
         (ENCODE, ["--config.ae.latent_channels=5"], "model.latent_channels is 4 there and 5 in the config"),
-        (ENCODE, ["--config.encode.posterior=sample"], "{mess}/world/latents is from other encoders"),
+        (ENCODE, ["--config.encode.posterior=sample"], "{mess}/world/latents is made of other things"),
+        (ENCODE, ["--config.encode.motion_score=score"], "names the column 'score', which the table lacks"),
+        (ENCODE, ["--config.encode.dtype=float16"], "config.encode.dtype takes 'float32' or 'bfloat16': got 'float16'"),
         (ENCODE, ["--config.t5.from_pretrained={mess}/nowhere"], "there is no folder {mess}/nowhere"),
-        (TRAIN, ["--config.latents={mess}/nowhere"], "{mess}/nowhere holds no finished latents"),
+        (TRAIN, ["--config.latents={mess}/nowhere"], "{mess}/nowhere holds no latents"),
         (TRAIN, ["--config.modle.depth=2"], "config has no field 'modle'; did you mean 'model'?"),
         (TRAIN, ["--config.model.hidden_size=32"], "axes_dim must be even and sum to the head size 8"),
         (TRAIN, ["--config.model.mlp_ratio=2.0"], "model.mlp_ratio is 4.0 there and 2.0 in the config"),
@@ -489,9 +537,9 @@ def videos(tmp_path) -> Path:
         ("c.mp4", (48, 36, 58), 60),
         ("damaged.mp4", (30, 40, 40), 24),
     ):
-        video.write_video(folder / name, noise[:frames, :height, :width], fps)
+        write_video(folder / name, noise[:frames, :height, :width], fps)
     (folder / "b.txt").write_text("a blue boat")
-    turn = [video.binary(), "-nostdin", "-loglevel", "error", "-display_rotation", "90"]
+    turn = [binary(), "-nostdin", "-loglevel", "error", "-display_rotation", "90"]
     turn += ["-i", str(folder / "a_red_car.mp4"), "-c", "copy", str(folder / "turned.mp4")]
     subprocess.run(turn, check=True, timeout=60)
     whole = (folder / "damaged.mp4").read_bytes()
@@ -503,7 +551,7 @@ def videos(tmp_path) -> Path:
 def test_videos_of_mixed_kinds_train_and_sample(videos, command, tmp_path):
     out = tmp_path / "out"
     described = command("dataset", "meta", f"--input={videos}", f"--output={out}/meta.parquet").stdout
-    assert "cut.mp4: ffmpeg: " in described
+    assert f", first {videos}/cut.mp4" in described
     command("dataset", "text", f"--meta={out}/meta.parquet", f"--output={out}/text")
     command("train_vae", *vae_flags(out, "--config.validation.data_path=", "--config.loop.num_steps=5"))
     command("dataset", "encode", *train_flags(out))
@@ -512,3 +560,66 @@ def test_videos_of_mixed_kinds_train_and_sample(videos, command, tmp_path):
     command("sample", *sample_flags(out, *table))
     command("report", f"--folder={out}")
     assert {path.name for path in out.glob("samples/*.mp4")} == {"0000_a-red-car.mp4", "0001_a-blue-boat.mp4"}
+
+
+MIXED_CONFIG = """
+from configs.diffusion.train import demo
+
+def get_config():
+    config = demo.get_config()
+    config.bucket_config = {"32px_ar1:1": {9: (1.0, 8), 1: (1.0, 4)}}
+    return config
+"""
+
+
+def make_mixture(folder: Path, count: int) -> int:
+    """Writes `count` files, copies of a few videos and images and every tenth of them bad; returns the bad ones.
+
+    One more file looks fine until it is decoded.
+    """
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 66, 3), np.uint8)
+    shapes = ((24, 48, 58, 8.0), (40, 60, 40, 29.97), (60, 36, 58, 60.0), (1, 50, 66, 1.0), (12, 36, 36, 24.0))
+    good = [write_video(folder / f"g{n}.mp4", noise[:t, :h, :w], fps) for n, (t, h, w, fps) in enumerate(shapes)]
+    whole = good[0].read_bytes()
+    silent = [binary(), "-loglevel", "error", "-f", "lavfi", "-i", "sine=duration=1", str(folder / "sound.m4a")]
+    subprocess.run(silent, check=True, timeout=60)
+    sound = (folder / "sound.m4a").read_bytes()
+    (folder / "sound.m4a").unlink()
+    bad = (b"", whole[:700], b"no video", sound, b"\x00" * 5000)
+    for number in range(count):
+        if number % 10 == 9:
+            (folder / f"{number:03d}_bad.mp4").write_bytes(bad[number // 10 % len(bad)])
+        else:
+            path = good[number % len(good)]
+            shutil.copy(path, folder / f"{number:03d}_a_clip{path.suffix}")
+    for path in good:
+        path.unlink()
+    (folder / "000_a_clip.mp4").write_bytes(whole[: len(whole) // 4] + b"\x55" * 4000 + whole[len(whole) // 4 + 4000 :])
+    return count // 10
+
+
+def test_200_files_of_which_a_tenth_is_bad_go_from_meta_to_training(world, command, tmp_path):
+    count, out = 200, tmp_path / "out"
+    bad = make_mixture(tmp_path / "clips", count)
+    (tmp_path / "config.py").write_text(MIXED_CONFIG)
+    described = command("dataset", "meta", f"--input={tmp_path}/clips", f"--output={out}/meta.parquet").stdout
+    assert f"{count - bad} of {count} clips are usable" in described
+    (tmp_path / "clips" / "001_a_clip.mp4").unlink()
+    sharded = command("dataset", "shard", f"--meta={out}/meta.parquet", f"--output={out}/clips", "--shard_mb=1").stdout
+    assert f"{count - bad - 1} clips in" in sharded
+    assert "left out, 1" in sharded
+    shutil.rmtree(tmp_path / "clips")  # from here on the shards are enough
+    flags = [
+        f"--config={tmp_path}/config.py",
+        *train_flags(world, f"--config.dataset.data_path={out}/clips/meta.parquet")[1:],
+    ]
+    flags += [f"--config.latents={out}/latents", f"--config.workdir={out}/run", "--config.dataset.max_bad_rate=0.2"]
+    encoded = command("dataset", "encode", *flags)
+    assert "left out: 1 of the clips" in encoded.stdout
+    trained = command("train", *flags, "--config.loop.num_steps=50", "--config.loop.log_every=10")
+    assert "images" not in trained.stderr
+    lines = metrics(out / "run")
+    assert lines[-1]["step"] == 50
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["replaced_samples"] == 0

@@ -22,7 +22,7 @@ from opensora_jax.inference.prompt import TextEncoders
 from opensora_jax.inference.prompt_list import Prompt
 from opensora_jax.inference.request import Request
 from opensora_jax.inference.stage import Stage
-from opensora_jax.parallel.mesh import MeshConfig, make_mesh
+from opensora_jax.parallel.mesh import one_device
 from opensora_jax.weights.pretrained import AUTOENCODERS, DENOISERS, parse_model
 from opensora_jax.weights.rename import published_shapes
 from tests.inference.fakes import Autoencoder, encode_text
@@ -35,7 +35,7 @@ PRESETS = ["demo", "256px", "768px", "t2i2v_256px", "t2i2v_768px", "high_compres
 def preset(name, **changes):
     """Returns the config of a preset; `section__field` names a field of a section."""
     config = load_config(FOLDER / f"{name}.py").unlock()
-    config.mesh = {"data": 1, "fsdp": 1, "tensor": -1}
+    config.mesh = {"data": 1, "fsdp": 1, "seq": 1, "tensor": -1, "seq_method": "ulysses"}
     for path, value in changes.items():
         *sections, field = path.split("__")
         holder = config
@@ -179,7 +179,7 @@ def command(monkeypatch, tmp_path):
     """Returns `run(**changes)`: text to image to video of two prompts, and the networks that it loaded."""
     (tmp_path / "weights").mkdir()
     loaded = []
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = one_device()
 
     def load(stage, encode, _, dtype, sizes):
         assert all(network() is None for _, network in loaded), "two networks are in memory"

@@ -1,7 +1,8 @@
 """Which latent frames the denoiser is shown: text alone, an image at either end, or a clip to continue.
 
 A condition is data, a pair (frames at the head, frames at the tail); one function turns it into the mask and
-the masked reference that the model takes, another puts the reference back after sampling.
+the masked reference that the model takes, another puts the reference back after sampling. In training
+(diffusion/drawn_conditions.py) every sample of a batch has its own.
 Source: Open-Sora 2.0, `opensora/utils/inference.py` and `sampling.py`.
 """
 

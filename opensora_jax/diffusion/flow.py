@@ -62,10 +62,25 @@ def sample_time(key: Array, batch: int, alpha: float, *, logit_normal: bool, str
     u = jax.random.uniform(key, (batch,), minval=1e-5, maxval=1 - 1e-5)
     if stratified:
         u = (jnp.arange(batch) + u) / batch
-    t = jax.nn.sigmoid(jax.scipy.stats.norm.ppf(u)) if logit_normal else u
-    return time_shift(alpha, t)
+    return logit_normal_time(jax.scipy.stats.norm.ppf(u), alpha) if logit_normal else time_shift(alpha, u)
 
 
-def loss(velocity: Float[Array, "B ..."], x0: Float[Array, "B ..."], noise: Float[Array, "B ..."]) -> Float[Array, ""]:
-    """Returns the mean squared error against the path's velocity, in float32."""
-    return jnp.mean(jnp.square(velocity.astype(jnp.float32) - target(x0, noise).astype(jnp.float32)))
+def logit_normal_time(normal: Float[Array, "B"], alpha: float) -> Float[Array, "B"]:
+    """Returns training times made of standard normal numbers: their sigmoid, shifted by `alpha`."""
+    return time_shift(alpha, jax.nn.sigmoid(normal))
+
+
+def loss(
+    velocity: Float[Array, "B T H W C"],
+    wanted: Float[Array, "B T H W C"],
+    frames: Float[Array, "B T"] | None = None,
+) -> Float[Array, ""]:
+    """Returns the mean squared error against the path's velocity, in float32.
+
+    With weights for the frames it is the mean over samples of each one's weighted mean over its frames.
+    """
+    error = jnp.square(velocity.astype(jnp.float32) - wanted.astype(jnp.float32))
+    if frames is None:
+        return jnp.mean(error)
+    by_frame = jnp.mean(error, axis=(2, 3, 4))
+    return jnp.mean((by_frame * frames).sum(1) / frames.sum(1))

@@ -3,7 +3,6 @@
 Drawn with Pillow and the font that ships inside it, so that it looks the same on every machine.
 """
 
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from opensora_jax.config.files import replacing
 
 WIDTH = 1800  # pixels, at most
 MARGIN, GUTTER, FRAME_GAP, ROW_GAP = 24, 30, 3, 18
@@ -43,9 +44,8 @@ def write_contact_sheet(
     path: Path, videos: Sequence[UInt8[np.ndarray, "T H W 3"]], prompts: Sequence[str], *, num_frames: int = 5
 ) -> None:
     """Write the picture of `contact_sheet` as a PNG, complete or not at all."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    contact_sheet(videos, prompts, num_frames=num_frames).save(unfinished, format="PNG", optimize=True)
-    os.replace(unfinished, path)
+    with replacing(path) as temporary:
+        contact_sheet(videos, prompts, num_frames=num_frames).save(temporary, format="PNG", optimize=True)
 
 
 def wrap(text: str, width: int) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from opensora_jax.config.files import write_json
-from opensora_jax.data import video
+from opensora_jax.data.media import video, video_writer
 from opensora_jax.inference.request import Request
 
 Frames = UInt8[np.ndarray, "T H W 3"]
@@ -53,7 +53,7 @@ def save(folder: Path, stem: str, frames: Frames, fps: float, record: dict) -> d
     """Writes the video (a single frame as .png), then its record, and returns the record."""
     sidecar = folder / f"{stem}.json"
     sidecar.unlink(missing_ok=True)
-    file = video.write_video(folder / f"{stem}.mp4", frames, fps)
+    file = video_writer.write_video(folder / f"{stem}.mp4", frames, fps)
     record = {"file": file.name, **record}
     write_json(sidecar, record)
     return record
@@ -62,8 +62,7 @@ def save(folder: Path, stem: str, frames: Frames, fps: float, record: dict) -> d
 def read(path: Path) -> Frames:
     """Returns all frames of a video file. Raises: VideoError for one that cannot be read."""
     info = video.probe(path)
-    size = (info.height, info.width)
-    return video.read_frames(path, info, start=0, count=info.num_frames, stride=1, size=size, crop=(0, 0, *size))
+    return video.read_frames(path, info, picks=np.arange(info.num_frames))
 
 
 def _newest_step(path: Path) -> Path:

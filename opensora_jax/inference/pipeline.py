@@ -93,17 +93,18 @@ class Pipeline:
         B, T, H, W, C = noise.shape
         mask, reference = conditions.condition(cond_type, references, (B, T, H, W, C), self.autoencoder.is_causal)
         graph, params = nnx.split(self.denoiser)
-        latents = denoise(
-            _velocity(graph),
-            params,
-            self._spread(noise),
-            flow.schedule(option.num_steps, _alpha(option, (T, H, W), config.patch_size)),
-            _plan(option, cond_type, T, one_null_prompt=prompts["uncond_text"] is prompts["uncond"]),
-            prompts=self._spread(prompts),
-            condition=self._spread(jnp.concatenate([mask, reference], -1)) if config.cond_embed else None,
-            guidance=option.guidance if config.guidance_embed else None,
-            progress=progress,
-        )
+        with jax.set_mesh(self.mesh):  # the denoiser splits samples and tokens as it says
+            latents = denoise(
+                _velocity(graph),
+                params,
+                self._spread(noise),
+                flow.schedule(option.num_steps, _alpha(option, (T, H, W), config.patch_size)),
+                _plan(option, cond_type, T, one_null_prompt=prompts["uncond_text"] is prompts["uncond"]),
+                prompts=self._spread(prompts),
+                condition=self._spread(jnp.concatenate([mask, reference], -1)) if config.cond_embed else None,
+                guidance=option.guidance if config.guidance_embed else None,
+                progress=progress,
+            )
         return conditions.paste(cond_type, latents, mask, reference)
 
     @property

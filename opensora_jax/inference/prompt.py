@@ -7,6 +7,7 @@ Source: hpcaitech/Open-Sora, `opensora/models/text/conditioner.py` (HFEmbedder).
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from jaxtyping import Float, Int
 from opensora_jax.config.errors import UserError
 from opensora_jax.models.clip import CLIPTextConfig
 from opensora_jax.models.t5 import T5Config
-from opensora_jax.parallel.mesh import MeshConfig, make_mesh
+from opensora_jax.parallel.mesh import one_device
 from opensora_jax.parallel.rules import param_shardings
 from opensora_jax.weights.files import open_checkpoint, read_config
 from opensora_jax.weights.params import load_params
@@ -48,52 +49,91 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of a text encoder's folder; it may be called from many threads."""
+
+    max_length: int
+    model: Callable[..., Any]
+    lock: threading.Lock
+
+    @classmethod
+    def load(cls, config: TextEncoderConfig) -> "Tokenizer":
+        """Returns the one that a config names. Raises: UserError when its files cannot be read."""
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it advises to install torch
+        from transformers import AutoTokenizer  # a second of import that only encoding needs
+
+        folder = Path(config.from_pretrained)
+        try:
+            model = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder} has no tokenizer that can be read ({reason}); download it again.") from error
+        return cls(config.max_length, model, threading.Lock())
+
+    def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "B S"]:
+        """Returns ids, cut to and padded to `max_length`."""
+        with self.lock:  # it sets its padding at every call
+            rows = self.model(list(texts), truncation=True, max_length=self.max_length, padding="max_length")
+        return np.asarray(rows["input_ids"], np.int32)
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """What turns a caption into the ids of both encoders, in the loader's threads."""
+
+    t5: Tokenizer
+    clip: Tokenizer
+
+    def __call__(self, text: str) -> dict[str, Int[np.ndarray, " S"]]:
+        """Returns `t5_ids` and `clip_ids`."""
+        return {"t5_ids": self.t5([text])[0], "clip_ids": self.clip([text])[0]}
+
+
+@dataclass(frozen=True)
 class TextEncoder:
     """One frozen encoder with its tokenizer; `forward(params, ids)` is compiled once per batch size."""
 
-    config: TextEncoderConfig
-    tokenizer: Callable[..., Any]
+    tokenizer: Tokenizer
     params: nnx.State
     forward: Callable[[nnx.State, Array], Array]
 
     def encode(self, texts: Sequence[str], batch_size: int) -> Float[np.ndarray, "B ..."]:
         """Returns the outputs in float32, computed `batch_size` texts at a time."""
-        ids = self.tokenize(texts)
+        ids = self.tokenizer(texts)
         padded = np.resize(ids, (-(-len(ids) // batch_size) * batch_size, ids.shape[1]))
         batches = jnp.split(jnp.asarray(padded), len(padded) // batch_size)
         return np.concatenate([self.forward(self.params, batch) for batch in batches])[: len(ids)]
-
-    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B S"]:
-        """Returns ids, cut to and padded to `max_length`."""
-        length = self.config.max_length
-        rows = self.tokenizer(list(texts), truncation=True, max_length=length, padding="max_length")
-        return np.asarray(rows["input_ids"], np.int32)
 
 
 class TextEncoders:
     """T5 and CLIP together; texts are encoded in batches of one size, so that each compiles once."""
 
-    def __init__(self, t5: TextEncoder, clip: TextEncoder, *, dtype: DTypeLike, batch_size: int = 8):
-        self.t5, self.clip, self.dtype, self.batch_size = t5, clip, dtype, batch_size
+    def __init__(self, t5: TextEncoder, clip: TextEncoder, *, batch_size: int = 8):
+        self.t5, self.clip, self.batch_size = t5, clip, batch_size
 
     @classmethod
     def load(
         cls, t5: TextEncoderConfig, clip: TextEncoderConfig, dtype: DTypeLike, mesh: Mesh | None = None
     ) -> "TextEncoders":
         """Returns both encoders read from their folders. Raises: UserError, see `load_encoder`."""
-        return cls(load_encoder("t5", t5, dtype, mesh), load_encoder("clip", clip, dtype, mesh), dtype=dtype)
+        return cls(load_encoder("t5", t5, dtype, mesh), load_encoder("clip", clip, dtype, mesh))
 
     def encode(self, texts: Sequence[str]) -> tuple[Float[Array, "B S D"], Float[Array, "B P"]]:
         """Returns (token embeddings, pooled vectors) in float32; S is T5's `max_length`."""
         tokens, pooled = (encoder.encode(texts, self.batch_size) for encoder in (self.t5, self.clip))
         return jnp.asarray(tokens), jnp.asarray(pooled)
 
-    def identity(self) -> str:
-        """Returns a hash of all that the outputs depend on: weights, configs, tokenizers, lengths, dtype."""
-        parts = [jnp.dtype(self.dtype).name]
-        for encoder in (self.t5, self.clip):
-            parts += [str(encoder.config.max_length), *_file_hashes(Path(encoder.config.from_pretrained))]
-        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+def encoders_identity(t5: TextEncoderConfig, clip: TextEncoderConfig, dtype: DTypeLike) -> str:
+    """Returns a hash of all that the outputs of both depend on: weights, configs, tokenizers, lengths, dtype.
+
+    Files are read, nothing is loaded. Raises: UserError, see `load_encoder`.
+    """
+    parts = [jnp.dtype(dtype).name]
+    for kind, config in ("t5", t5), ("clip", clip):
+        read_shape(kind, config)
+        parts += [str(config.max_length), *_file_hashes(Path(config.from_pretrained))]
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def load_encoder(kind: str, config: TextEncoderConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> TextEncoder:
@@ -107,10 +147,10 @@ def load_encoder(kind: str, config: TextEncoderConfig, dtype: DTypeLike, mesh: M
     _, module = TEXT_ENCODERS[kind]
     abstract = nnx.eval_shape(lambda: module(shape, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(abstract)
-    shardings = param_shardings(params, mesh or make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1]))
+    shardings = param_shardings(params, mesh or one_device())
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), params, shardings)
     params = load_params(kind, open_checkpoint(folder), params)
-    return TextEncoder(config, _load_tokenizer(folder), params, _forward(kind, graphdef))
+    return TextEncoder(Tokenizer.load(config), params, _forward(kind, graphdef))
 
 
 def read_shape(kind: str, config: TextEncoderConfig) -> T5Config | CLIPTextConfig:
@@ -139,17 +179,6 @@ def _forward(kind: str, graphdef: nnx.GraphDef) -> Callable[[nnx.State, Array], 
         return (output[1] if kind == "clip" else output).astype(jnp.float32)
 
     return forward
-
-
-def _load_tokenizer(folder: Path) -> Callable[..., Any]:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it advises to install torch
-    from transformers import AutoTokenizer  # a second of import that only encoding needs
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder} has no tokenizer that can be read ({reason}); download it again.") from error
 
 
 def _file_hashes(folder: Path) -> list[str]:

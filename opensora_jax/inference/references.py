@@ -13,8 +13,8 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.data import video
-from opensora_jax.data.transforms import resize_and_crop
+from opensora_jax.data.media import video
+from opensora_jax.data.media.transforms import resize_and_crop
 from opensora_jax.diffusion.conditions import visible_frames
 from opensora_jax.inference.request import LatentGeometry, Request
 
@@ -88,11 +88,9 @@ def _probe(path: Path, count: int, cond_type: str) -> video.VideoInfo:
 def _read(path: Path, count: int, size: tuple[int, int], cond_type: str, *, from_end: bool) -> Clip:
     info = _probe(path, count, cond_type)
     geometry = resize_and_crop(info.height, info.width, size, image=info.num_frames == 1)
-    start = info.num_frames - count if from_end else 0
+    picks = np.arange(count) + (info.num_frames - count if from_end else 0)
     try:
-        frames = video.read_frames(
-            path, info, start=start, count=count, stride=1, size=geometry.size, crop=geometry.crop
-        )
+        frames = video.read_frames(path, info, picks=picks, size=geometry.size, crop=geometry.crop)
     except video.VideoError as error:
         raise _unreadable(path, error) from error
     return frames.astype(np.float32) / 127.5 - 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.data import aspect
+from opensora_jax.data.plan import aspect
 from opensora_jax.diffusion.conditions import CONDITIONS, frame_mask
 from opensora_jax.diffusion.guidance import GuidanceConfig
 

@@ -16,6 +16,7 @@ from opensora_jax.config.errors import UserError
 from opensora_jax.inference import outputs
 from opensora_jax.inference.pipeline import Pipeline, TextEncoder
 from opensora_jax.inference.request import LatentGeometry, SamplingOption, check_condition, latent_shape
+from opensora_jax.parallel.mesh import check_heads
 from opensora_jax.weights.pretrained import AUTOENCODERS, DENOISERS, find_weights, load, parse_model
 
 IMAGE_GUIDANCE = 4.0  # of the distilled text-to-image model
@@ -81,6 +82,11 @@ class Stage:
                     f"{self.denoiser.where}.{field} is {getattr(denoiser, field)}, but config.{encoder} gives {found}: "
                     "use the text encoders that the model was trained with"
                 )
+
+    def check_heads(self, mesh: Mesh) -> None:
+        """Raises: UserError unless the mesh can split the denoiser's attention heads as it has to."""
+        _, denoiser = parse_model(self.denoiser.section, DENOISERS, self.denoiser.where)
+        check_heads(denoiser.num_heads, mesh)
 
     def settings(self, **shared: Any) -> dict[str, Any]:
         """Returns what a sample depends on besides its request; `shared` holds the sections of the text encoders."""

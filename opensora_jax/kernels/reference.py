@@ -11,7 +11,7 @@ def attention(
     k: Float[Array, "B S N K"],
     v: Float[Array, "B S N K"],
     *,
-    mask: Bool[Array, "#B #N L S"] | None = None,
+    mask: Bool[Array, "#B #N #L S"] | None = None,
     bias: Float[Array, "#B #N L S"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B L N K"]:

@@ -19,19 +19,24 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Num
 
-from opensora_jax.kernels.attention import attention
 from opensora_jax.nn.embed import MLPEmbedder, grid_ids, patchify, timestep_embedding, unpatchify
 from opensora_jax.nn.linear import Linear, zeros
 from opensora_jax.nn.norm import RMSNorm, standardize
 from opensora_jax.nn.rope import Table, rope_table, rotate_half, rotate_pairs
-from opensora_jax.nn.stack import Stack
+from opensora_jax.nn.stack import RematPolicy, Stack
+from opensora_jax.parallel.sequence import attend, per_device
+from opensora_jax.parallel.tokens import SharedTokens
 
 TIME_FEATURES = 256
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """Shape of the network, in the original's field names; `in_channels` counts a token: latent channels x patch^2."""
+    """Shape of the network, in the original's field names; `in_channels` counts a token: latent channels x patch^2.
+
+    The last two are about memory alone: how many double and single blocks recompute their activations backwards, and
+    what these keep (`nn.stack`).
+    """
 
     in_channels: int
     vec_in_dim: int
@@ -50,6 +55,7 @@ class MMDiTConfig:
     use_liger_rope: bool
     patch_size: int
     grad_ckpt_settings: tuple[int, int]
+    remat_policy: RematPolicy
 
     def __post_init__(self):
         """Check what the layers below rely on."""
@@ -165,14 +171,16 @@ class DoubleStreamBlock(nnx.Module):
         self.txt_attn = StreamAttention(config, dtype=dtype, rngs=rngs)
         self.txt_mlp = MLP(width, hidden, dtype=dtype, rngs=rngs)
 
-    def __call__(self, streams: tuple[Array, Array], vec: Array, table: Table) -> tuple[Array, Array]:
+    def __call__(
+        self, streams: tuple[Array, Array], vec: Array, table: Table, shared: SharedTokens | None = None
+    ) -> tuple[Array, Array]:
         img, txt = streams
         img_shift, img_scale, img_gate, *img_rest = self.img_mod(vec)
         txt_shift, txt_scale, txt_gate, *txt_rest = self.txt_mod(vec)
         img_qkv = self.img_attn.project(modulate(img, img_shift, img_scale))
         txt_qkv = self.txt_attn.project(modulate(txt, txt_shift, txt_scale))
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))  # text first
-        joint = attention(self.rotate(q, table), self.rotate(k, table), v)
+        joint = attend(self.rotate(q, table), self.rotate(k, table), v, shared)
         joint = rearrange(joint, "B L N K -> B L (N K)")
         seen_txt, seen_img = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
         img = self._finish(img, img_gate * self.img_attn.proj(seen_img), self.img_mlp, img_rest)
@@ -213,12 +221,14 @@ class SingleStreamBlock(nnx.Module):
             return jnp.split(self.linear1(x), [width, 2 * width, 3 * width], axis=-1)
         return [self.q_proj(x), self.k_proj(x), *jnp.split(self.v_mlp(x), [width], axis=-1)]
 
-    def __call__(self, x: Float[Array, "B L D"], vec: Array, table: Table) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], vec: Array, table: Table, shared: SharedTokens | None = None
+    ) -> Float[Array, "B L D"]:
         shift, scale, gate = self.modulation(vec)
         *qkv, mlp = self._project(modulate(x, shift, scale))
         q, k, v = (rearrange(part, "B L (N K) -> B L N K", N=self.config.num_heads) for part in qkv)
         q, k = self.rotate(self.norm.query_norm(q), table), self.rotate(self.norm.key_norm(k), table)
-        seen = rearrange(attention(q, k, v), "B L N K -> B L (N K)")
+        seen = rearrange(attend(q, k, v, shared), "B L N K -> B L (N K)")
         return x + gate * self.linear2(jnp.concatenate([seen, gelu(mlp)], axis=-1))
 
 
@@ -256,12 +266,14 @@ class MMDiT(nnx.Module):
             lambda rngs: DoubleStreamBlock(config, rotate, dtype=dtype, rngs=rngs),
             config.depth,
             remat=remat_double,
+            policy=config.remat_policy,
             rngs=rngs,
         )
         self.single_blocks = Stack(
             lambda rngs: SingleStreamBlock(config, rotate, dtype=dtype, rngs=rngs),
             config.depth_single_blocks,
             remat=remat_single,
+            policy=config.remat_policy,
             rngs=rngs,
         )
         self.final_layer = LastLayer(width, config.in_channels, dtype=dtype, rngs=rngs)
@@ -305,10 +317,16 @@ class MMDiT(nnx.Module):
         guidance: Float[Array, "B"] | None,
     ) -> Float[Array, "B I C"]:
         """Returns the velocity of every video token; `ids` are (t, h, w) of text and then video tokens."""
+        txt_ids, img_ids = jnp.split(ids, [txt.shape[1]], axis=-2)
+        return per_device(MMDiT._tokens, self, (txt, txt_ids), (img, img_ids, condition), (t, pooled, guidance))
+
+    def _tokens(self, text: tuple, video: tuple, samples: tuple, shared: SharedTokens | None) -> Float[Array, "B I C"]:
+        (txt, txt_ids), (img, img_ids, condition), (t, pooled, guidance) = text, video, samples
         img, txt, vec = self.embed(img, txt, t, pooled, condition, guidance)
+        ids = jnp.concatenate([txt_ids, img_ids], axis=-2)
         table = rope_table(ids, self.config.axes_dim, float(self.config.theta))
-        img, txt = self.double_blocks((img, txt), vec, table)
-        joint = self.single_blocks(jnp.concatenate([txt, img], axis=1), vec, table)
+        img, txt = self.double_blocks((img, txt), vec, table, shared)
+        joint = self.single_blocks(jnp.concatenate([txt, img], axis=1), vec, table, shared)
         return self.final_layer(joint[:, txt.shape[1] :], vec)
 
     def embed(

@@ -1,6 +1,7 @@
 """Dense layer: float32 parameters, compute in the chosen dtype.
 
-Logical axis names travel with each kernel as inert metadata; `parallel.rules` turns them into shardings.
+Logical axis names travel with each kernel as inert metadata; `parallel.rules` turns them into shardings. Where a
+device holds a part of a parameter, `whole` gathers it.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
+
+from opensora_jax.parallel.gather import whole
 
 Init = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 fan_in = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch.nn.Linear's kernel distribution
@@ -36,8 +39,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32), axes=(axes[1],)) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-        y = jnp.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        y = jnp.dot(x.astype(self.dtype), whole(self.kernel, self.dtype))
+        return y if self.bias is None else y + whole(self.bias, self.dtype)
 
 
 class Embedding(nnx.Module):
@@ -49,4 +52,4 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(table, axes=("vocabulary", "embed"))
 
     def __call__(self, ids: Array) -> Array:
-        return jnp.take(self.table[...].astype(self.dtype), ids, axis=0)
+        return jnp.take(whole(self.table, self.dtype), ids, axis=0)

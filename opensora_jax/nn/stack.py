@@ -1,23 +1,53 @@
 """A scanned stack of equal blocks: one compiled layer whatever the depth, with rematerialisation for the first layers.
 
-Unrolled layers take two to three times longer to compile. The parameters of all layers lie stacked on a leading axis.
+Unrolled layers take two to three times longer to compile. The parameters of all layers lie stacked on a leading axis;
+where devices hold parts of them, the layers gather theirs one at a time, forwards and again backwards.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from opensora_jax.parallel.gather import is_not_gathered, is_split
+from opensora_jax.parallel.ring import ATTENTION
+
+BLOCK = "block"  # the name of what goes into a block
+
+RematPolicy = Literal["full", "save_attention", "offload"]
+POLICIES: dict[str, Callable[..., Any] | None] = {
+    "full": None,
+    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK, ATTENTION],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 class Stack(nnx.Module):
     """`depth` blocks made by `make_block(rngs)`; the first `remat` of them recompute their activations backwards.
 
+    Every block's input is kept for that. `policy` says what else is: nothing (`full`), the result of attention
+    (`save_attention`), or that too, and all of it in the host's memory (`offload`).
     Source: `grad_ckpt_settings` in Open-Sora 2.0 counts the checkpointed blocks in the same way.
     """
 
-    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: int = 0, rngs: nnx.Rngs):
-        self.depth, self.remat = depth, min(remat, depth)
+    def __init__(
+        self,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        depth: int,
+        *,
+        remat: int = 0,
+        policy: RematPolicy = "full",
+        rngs: nnx.Rngs,
+    ):
+        self.depth, self.remat, self.policy = depth, min(remat, depth), policy
         build = nnx.split_rngs(splits=depth)(nnx.vmap(make_block, axis_size=depth))
         self.blocks = build(rngs)
 
@@ -26,11 +56,13 @@ class Stack(nnx.Module):
         graphdef, layers = nnx.split(self.blocks)
 
         def body(carry, layer):
-            return nnx.merge(graphdef, layer)(carry, *shared), None
+            named = jax.tree.map(partial(checkpoint_name, name=BLOCK), carry)
+            return nnx.merge(graphdef, layer)(named, *shared), None
 
+        keeping = jax.checkpoint(body, policy=is_not_gathered, prevent_cse=False) if is_split(layers) else body
         for step, part in (
-            (jax.checkpoint(body, prevent_cse=False), slice(0, self.remat)),
-            (body, slice(self.remat, self.depth)),
+            (jax.checkpoint(body, policy=POLICIES[self.policy], prevent_cse=False), slice(0, self.remat)),
+            (keeping, slice(self.remat, self.depth)),
         ):
             if part.start < part.stop:
                 x, _ = jax.lax.scan(step, x, jax.tree.map(lambda leaf, part=part: leaf[part], layers))

@@ -1,11 +1,14 @@
 """Host arrays to global arrays: every host brings its slice of the batch, the mesh sees one array."""
 
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from opensora_jax.parallel.mesh import BATCH_AXES
+from opensora_jax.parallel.mesh import BATCH_AXES, data_shards
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -40,3 +43,47 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
         name: jax.make_array_from_process_local_data(split if array.ndim else whole, array)
         for name, array in batch.items()
     }
+
+
+def abstract_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and shardings of what `to_devices` makes of a host's batch."""
+    split, whole, (_, count) = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec()), data_share(mesh)
+
+    def shape(array: np.ndarray) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+        if not array.ndim:
+            return jax.ShapeDtypeStruct((), dtype, sharding=whole)
+        return jax.ShapeDtypeStruct((array.shape[0] * count, *array.shape[1:]), dtype, sharding=split)
+
+    return {name: shape(array) for name, array in batch.items()}
+
+
+def batch_size(batch: Mapping[str, Any]) -> int:
+    """Returns the samples of a batch, whose arrays may be abstract; images taken from a clip count each."""
+    return max(leaf.shape[0] for leaf in batch.values() if leaf.shape)
+
+
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """Returns (index, count): which of how many equal parts of a global batch this process reads.
+
+    Processes whose devices share samples, because they split the model, read the same part.
+    Raises: ValueError when the samples of this process do not lie side by side.
+    """
+    shards = data_shards(mesh)
+    places = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+    mine = sorted({place[0].indices(shards)[0] for place in places if place is not None})
+    if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+        raise ValueError(f"this process holds the shards {mine} of a batch: they must be neighbours")
+    return mine[0] // len(mine), shards // len(mine)
+
+
+def prefetch(batches: Iterable[dict[str, np.ndarray]], mesh: Mesh) -> Iterator[dict[str, Array]]:
+    """Yields the global batches; when one is given out, the next is already on its way to the devices."""
+    ahead = None
+    for batch in batches:
+        placed = to_devices(batch, mesh)
+        if ahead is not None:
+            yield ahead
+        ahead = placed
+    if ahead is not None:
+        yield ahead

@@ -7,22 +7,36 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from opensora_jax.config.errors import UserError
 
 RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocabulary": None}
 
 
-def param_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Returns the spec of one parameter; scanned layers have leading axes without a name, and those stay whole."""
+def param_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Returns the spec of one parameter; scanned layers have leading axes without a name, and those stay whole.
+
+    Raises: UserError for an axis without a rule.
+    """
     named = (None,) * (len(shape) - len(axes)) + tuple(axes)
     used: set[str] = set()
     spec: list[str | None] = []
     for name, size in zip(named, shape, strict=True):
-        axis = None if name is None else RULES[name]
+        axis = None if name is None else _rule(name, shape)
         fits = axis is not None and axis not in used and size % mesh.shape[axis] == 0
         spec.append(axis if fits else None)
         used |= {axis} if fits and axis is not None else set()
     return PartitionSpec(*spec)
+
+
+def _rule(name: str, shape: tuple[int, ...]) -> str | None:
+    if name not in RULES:
+        raise UserError(
+            f"no rule says how to split the axis {name!r} of a parameter of shape {shape}: name one of "
+            f"{', '.join(RULES)}, or add a rule to parallel/rules.py"
+        )
+    return RULES[name]
 
 
 def param_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:

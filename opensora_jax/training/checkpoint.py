@@ -15,14 +15,19 @@ from opensora_jax.weights.workdir import check_same
 
 
 class Checkpoints:
-    """The checkpoints under `<workdir>/checkpoints`, named by the number of finished steps."""
+    """The checkpoints under `<workdir>/checkpoints`, named by the number of finished steps.
 
-    def __init__(self, workdir: Path, *, keep_n_latest: int):
+    The newest `keep_n_latest` are kept, and those of every `keep_every`-th step (0: none).
+    """
+
+    def __init__(self, workdir: Path, keep_n_latest: int, keep_every: int = 0):
         self.folder = (workdir / "checkpoints").absolute()
+        kept: list[Any] = [preservation_policy.LatestN(keep_n_latest)]
+        kept += [preservation_policy.EveryNSteps(keep_every)] if keep_every else []
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.LatestN(keep_n_latest), enable_async_checkpointing=True
+                preservation_policy=preservation_policy.AnyPreservationPolicy(kept), enable_async_checkpointing=True
             ),
         )
         steps = {int(path.name) for path in self.folder.iterdir() if path.name.isdigit()}
@@ -41,8 +46,8 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=arguments)
 
-    def restore(self, abstract: Any, expected: dict[str, Any]) -> Any | None:
-        """Returns the newest state, placed as `abstract` says, or None when there is none.
+    def restore(self, abstract: Any, expected: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Returns the newest state, placed as `abstract` says, with its metadata, or None when there is none.
 
         Raises: UserError when the checkpoint was made with other values than `expected` (a part of its metadata).
         """
@@ -52,7 +57,7 @@ class Checkpoints:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         check_same(expected, meta, f"{self.folder}/{step}")
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        return restored["state"]
+        return restored["state"], meta
 
     def close(self) -> None:
         """Waits for the last save to be complete and releases the folder."""

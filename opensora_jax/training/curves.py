@@ -1,6 +1,5 @@
 """Loss curves as one picture, from the metrics.jsonl files that training writes: a panel for each run."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from opensora_jax.config.files import replacing
 from opensora_jax.training.metrics import read_metrics
 
 SMOOTHING = 0.05  # share of a run that the running mean covers
@@ -38,9 +38,8 @@ def write_curves(path: Path, runs: Mapping[str, Path], name: str = "loss") -> No
     panels = np.atleast_1d(figure.subplots(1, len(runs)))
     for axes, (title, file) in zip(panels, runs.items(), strict=True):
         _panel(axes, title, name, *series(read_metrics(file), name))
-    unfinished = path.with_name(f".{path.name}.tmp")
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _panel(axes: Axes, title: str, name: str, steps: np.ndarray, values: np.ndarray) -> None:

@@ -1,19 +1,23 @@
-"""The training objective of the denoiser: rectified flow on latents with text dropped at random.
+"""The training objective of the denoiser: rectified flow on latents, with conditions and with text dropped at random.
 
-Source: hpcaitech/Open-Sora, `scripts/diffusion/train.py`.
+What chance decides is drawn apart from what follows from it, so that tests, and validation at fixed times, can give it.
+Source: hpcaitech/Open-Sora, `scripts/diffusion/train.py` and `opensora/utils/train.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from opensora_jax.diffusion import flow
-from opensora_jax.training.state import Batch, Loss, Metrics
+from opensora_jax.config.errors import UserError
+from opensora_jax.diffusion import drawn_conditions, flow
+from opensora_jax.training.accumulate import Batch, Metrics
+from opensora_jax.training.conditions import CONDITION, ConditionMix
 
 
 @dataclass(frozen=True)
@@ -39,30 +43,118 @@ class NullText(NamedTuple):
     text: Float[Array, "S E"]
     pooled: Float[Array, "P"]
 
+    def padded(self, length: int) -> Float[Array, "L E"]:
+        """Returns the token embeddings at the length of a batch's texts, the last one repeated.
 
-def drop_text(batch: Batch, null: NullText, ratio: DropoutRatio, key: Array) -> tuple[Array, Array]:
-    """Returns text and pooled embeddings, each row of each replaced by the null text with its own probability."""
-    key_t5, key_clip = jax.random.split(key)
-    rows = batch["text"].shape[0]
-    without_t5 = jax.random.bernoulli(key_t5, ratio.t5, (rows, 1, 1))
-    without_clip = jax.random.bernoulli(key_clip, ratio.clip, (rows, 1))
-    return jnp.where(without_t5, null.text, batch["text"]), jnp.where(without_clip, null.pooled, batch["pooled"])
+        Raises: ValueError for texts that are shorter.
+        """
+        missing = length - len(self.text)
+        if missing < 0:
+            raise ValueError(f"The null text has {len(self.text)} tokens, the texts have {length}: encode both alike.")
+        return jnp.concatenate([self.text, jnp.repeat(self.text[-1:], missing, axis=0)])
 
 
-def make_loss(config: FlowConfig, ratio: DropoutRatio, null: NullText) -> Loss:
-    """Returns `loss(model, batch, key)` for batches of `latent` (BTHWC), `text` (BSE) and `pooled` (BP)."""
+class Draws(NamedTuple):
+    """What chance decides of a batch: shifted times, noise, and which rows lose which text."""
 
-    def loss(model: nnx.Module, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+    t: Float[Array, "B"]
+    noise: Float[Array, "B T H W C"]
+    without_t5: Bool[Array, "B"]
+    without_clip: Bool[Array, "B"]
+
+
+class Inputs(NamedTuple):
+    """The arguments of the denoiser."""
+
+    x: Float[Array, "B T H W C"]
+    t: Float[Array, "B"]
+    text: Float[Array, "B S E"]
+    pooled: Float[Array, "B P"]
+    condition: Float[Array, "B T H W M"] | None
+    guidance: Float[Array, "B"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """The loss of a denoiser, `objective(model, batch, key)`.
+
+    A batch has `latent` (BTHWC), `text` (BSE) and `pooled` (BP), and where the mix shows frames the number of each
+    sample's condition and the references that the mix names. `guidance` goes to models that take it as an input. With
+    `no_i2v_ref_loss` latent frames that are given images do not count.
+    """
+
+    flow: FlowConfig
+    dropout_ratio: DropoutRatio
+    null: NullText
+    mix: ConditionMix
+    guidance: float | None
+    no_i2v_ref_loss: bool
+
+    def __call__(self, model: nnx.Module, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+        """Returns the loss of a batch, a mean over its samples, for the draws of a key."""
+        return self.at(model, batch, self.draw(batch, key)), {}
+
+    def check(self, examples: Mapping[str, Mapping[str, Any]], *, cond_embed: bool, guidance_embed: bool) -> None:
+        """Check the objective against what the model takes and a batch of every bucket, as a step reads it.
+
+        Raises: UserError, see `ConditionMix.check`; and for a model that wants a guidance scale and gets none.
+        """
+        if guidance_embed and self.guidance is None:
+            raise UserError("the model has guidance_embed=True: set --config.guidance=4.0, or another scale")
+        self.mix.check(examples, cond_embed=cond_embed)
+
+    def at(self, model: nnx.Module, batch: Batch, draws: Draws) -> Float[Array, ""]:
+        """Returns the loss for given draws."""
+        velocity = model(*self.inputs(batch, draws))
+        wanted = flow.target(_float32(batch["latent"]), draws.noise)
+        return flow.loss(velocity, wanted, self.learnt_frames(batch))
+
+    def draw(self, batch: Batch, key: Array) -> Draws:
+        """Returns the draws of a key."""
         key_time, key_noise, key_text = jax.random.split(key, 3)
-        x0 = batch["latent"]
-        _, frames, height, width, _ = x0.shape
-        # The original counts patches of 2x2 here even for models with patch 1.
-        shift = flow.shift_alpha(height * width // 4, frames) if config.flow_shift is None else config.flow_shift
-        logit_normal = config.time_sampling == "logit_normal"
-        t = flow.sample_time(key_time, len(x0), shift, logit_normal=logit_normal, stratified=config.stratified)
-        noise = jax.random.normal(key_noise, x0.shape, x0.dtype)
-        text, pooled = drop_text(batch, null, ratio, key_text)
-        velocity = model(flow.interpolate(x0, noise, t), t, text, pooled)
-        return flow.loss(velocity, x0, noise), {}
+        rows, logit_normal = len(batch["latent"]), self.flow.time_sampling == "logit_normal"
+        shift = self.shift(batch["latent"].shape)
+        t = flow.sample_time(key_time, rows, shift, logit_normal=logit_normal, stratified=self.flow.stratified)
+        noise = jax.random.normal(key_noise, batch["latent"].shape, jnp.float32)
+        chances = zip(jax.random.split(key_text), (self.dropout_ratio.t5, self.dropout_ratio.clip), strict=True)
+        return Draws(t, noise, *(jax.random.bernoulli(key, chance, (rows,)) for key, chance in chances))
 
-    return loss
+    def shift(self, shape: tuple[int, ...]) -> float:
+        """Returns how far times of latents of a shape (BTHWC) move to noise.
+
+        As in the original it counts patches of 2 x 2, also where those of the model are smaller.
+        """
+        _, frames, height, width, _ = shape
+        return flow.shift_alpha(height * width // 4, frames) if self.flow.flow_shift is None else self.flow.flow_shift
+
+    def inputs(self, batch: Batch, draws: Draws) -> Inputs:
+        """Returns what the denoiser is given."""
+        latent = _float32(batch["latent"])  # caches may hold bfloat16: noise and target keep all their bits
+        null = self.null.padded(batch["text"].shape[1])
+        return Inputs(
+            flow.interpolate(latent, draws.noise, draws.t),
+            draws.t,
+            jnp.where(draws.without_t5[:, None, None], null, batch["text"]),
+            jnp.where(draws.without_clip[:, None], self.null.pooled, batch["pooled"]),
+            self.condition(batch),
+            None if self.guidance is None else jnp.full(len(latent), self.guidance, jnp.float32),
+        )
+
+    def condition(self, batch: Batch) -> Float[Array, "B T H W M"] | None:
+        """Returns mask and masked reference, None where nothing is ever shown."""
+        if CONDITION not in batch:
+            return None
+        latent = _float32(batch["latent"])
+        given = {name: _float32(batch[name]) for name in self.mix.references(latent.shape[1])}
+        return drawn_conditions.condition(batch[CONDITION], latent, given, self.mix.is_causal)
+
+    def learnt_frames(self, batch: Batch) -> Float[Array, "B T"] | None:
+        """Returns the weights of latent frames in the loss, None where all count alike."""
+        if not self.no_i2v_ref_loss or CONDITION not in batch:
+            return None
+        mask = drawn_conditions.masks(batch[CONDITION], batch["latent"].shape[1], self.mix.is_causal)
+        return drawn_conditions.learnt_frames(mask)
+
+
+def _float32(array: Array) -> Float[Array, "..."]:
+    return array.astype(jnp.float32)

@@ -1,10 +1,10 @@
 """The loop every training command runs: batches in, steps, metrics and checkpoints out, and exact continuation."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -14,33 +14,55 @@ from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.files import write_json
-from opensora_jax.parallel.batch import to_devices
+from opensora_jax.parallel.batch import batch_size, prefetch
 from opensora_jax.training.checkpoint import Checkpoints
-from opensora_jax.training.metrics import MetricsWriter
+from opensora_jax.training.metrics import open_metrics
+from opensora_jax.training.preemption import Preemption
+from opensora_jax.training.programs import AbstractBatch, Programs
 from opensora_jax.training.state import TrainState
+from opensora_jax.training.throughput import Throughput, Work
 
-Step = Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+Batch = dict[str, jax.Array]
+Step = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 Batches = Callable[[int, int], Iterator[dict[str, np.ndarray]]]
+
+REPLACED = "replaced_samples"  # samples so far that stand in for clips that cannot be read, in all batches and hosts
+
+
+def samples_of(batch: Batch) -> Work:
+    """Returns the samples of a batch."""
+    return Work(samples=batch_size(batch))
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long to train, and how often to log and to save, in steps."""
+    """How long to train, and how often to log and to save, in steps.
+
+    Of the checkpoints the `keep_n_latest` newest stay, and those of every `keep_every`-th step (0: none). A run ends
+    when it had to skip more than `max_skipped` updates, whose loss or gradient was not finite.
+    """
 
     num_steps: int
     log_every: int
     ckpt_every: int
     keep_n_latest: int
+    keep_every: int
+    max_skipped: int
 
     def __post_init__(self):
         """All counts are positive."""
         if min(self.num_steps, self.log_every, self.ckpt_every, self.keep_n_latest) < 1:
             raise ValueError(f"num_steps, log_every, ckpt_every and keep_n_latest are at least 1: got {self}.")
+        if min(self.keep_every, self.max_skipped) < 0:
+            raise ValueError(f"keep_every and max_skipped are at least 0: got {self}.")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: where it writes, its title, what its checkpoints must agree with, and its whole config."""
+    """One training run: where it writes, its title, what its checkpoints must agree with, and its whole config.
+
+    Without `save_frozen` checkpoints hold only what learns: what does not is made anew at every start.
+    """
 
     workdir: Path
     title: str
@@ -49,27 +71,46 @@ class Run:
     config: LoopConfig
     meta: dict[str, Any]
     settings: dict[str, Any]
+    save_frozen: bool = True
 
-    def fit(self, step: Step, init: Callable[[], TrainState], abstract: TrainState, batches: Batches) -> TrainState:
+    def fit(
+        self,
+        step: Step,
+        init: Callable[[], TrainState],
+        abstract: TrainState,
+        batches: Batches,
+        examples: Mapping[str, AbstractBatch],
+        *,
+        encode: Callable[[Batch], Batch] = lambda batch: batch,
+        work: Callable[[Batch], Work] = samples_of,
+    ) -> TrainState:
         """Returns the state after `config.num_steps` steps, continuing from the newest checkpoint in `workdir`.
 
-        `batches(start, stop)` yields this host's part of the batches of those steps. A run that was killed and
-        started again gives the same losses as one that was not: data, noise and state depend on the step alone.
+        `batches(start, stop)` yields this host's part of the batches of those steps, which `encode` turns into what the
+        step reads, on the devices. `examples` has the shapes of all these, for which the step is compiled first; `work`
+        says how much a step does. A run that was killed and started again gives the same losses as one that was not:
+        data, noise and state depend on the step alone. On SIGTERM the state is saved and the process exits with
+        status 0.
+        Raises: UserError when a step does not fit into memory, or too many updates were skipped.
         """
-        checkpoints = Checkpoints(self.workdir, keep_n_latest=self.config.keep_n_latest)
-        try:
-            state = checkpoints.restore(abstract, self.meta) or init()
-            start = self._start(int(state.step))
-            writer = MetricsWriter(self.workdir, start)
-            write_json(self.workdir / "config.json", self.settings)
+        with jax.set_mesh(self.mesh):
+            programs = Programs(_counting(step), abstract, self.mesh)
+            checkpoints = Checkpoints(self.workdir, self.config.keep_n_latest, self.config.keep_every)
             try:
-                return self._steps(step, state, start, batches(start, self.config.num_steps), checkpoints, writer)
+                self._start(checkpoints.latest_step or 0)
+                state, saved = checkpoints.restore(self._kept(abstract), self.meta) or (None, {REPLACED: 0})
+                if checkpoints.latest_step != self.config.num_steps:
+                    programs.compile(examples)
+                if state is None:
+                    state = init()
+                elif not self.save_frozen:
+                    state = state._replace(frozen=init().frozen)
+                feed = _Feed(batches, self.mesh, encode)
+                return self._fit(programs, state, saved[REPLACED], feed, checkpoints, work)
             finally:
-                writer.close()
-        finally:
-            checkpoints.close()
+                checkpoints.close()
 
-    def _start(self, start: int) -> int:
+    def _start(self, start: int) -> None:
         stop = self.config.num_steps
         if start > stop:
             raise UserError(
@@ -78,30 +119,93 @@ class Run:
         if start:
             verb = "already finished" if start == stop else "continuing"
             logging.info("%s: %s at step %d of %d in %s", self.title, verb, start, stop, self.workdir)
-        return start
 
-    def _steps(
+    def _fit(
         self,
-        step: Step,
+        programs: Programs,
         state: TrainState,
-        start: int,
-        batches: Iterator[dict[str, np.ndarray]],
+        replaced: int,
+        feed: "_Feed",
         checkpoints: Checkpoints,
-        writer: MetricsWriter,
+        work: Callable[[Batch], Work],
     ) -> TrainState:
-        compiled, key = jax.jit(step, donate_argnums=0), jax.random.key(self.seed)
-        stop, clock, counted = self.config.num_steps, time.perf_counter(), start
-        with tqdm(total=stop, initial=start, desc=self.title, unit="step") as bar:
-            for number, batch in enumerate(batches, start=start + 1):
-                state, metrics = compiled(state, to_devices(batch, self.mesh), key)
-                if number % self.config.log_every == 0 or number == stop:
+        start, stop, config = int(state.step), self.config.num_steps, self.config
+        key, skipped = programs.key(self.seed), int(state.skipped)
+        total, is_first = cast(Any, np.int32(replaced)), jax.process_index() == 0
+        if is_first:
+            write_json(self.workdir / "config.json", self.settings)
+        speed = Throughput(self.mesh.size, self.mesh.devices.flat[0].device_kind)
+        with (
+            open_metrics(self.workdir, start, is_first) as writer,
+            Preemption() as preemption,
+            tqdm(total=stop, initial=start, desc=self.title, unit="step", disable=not is_first) as bar,
+        ):
+            for number, batch in enumerate(feed.batches(start, stop), start=start + 1):
+                state, metrics = programs(state, batch, key)
+                speed.add(work(batch), feed.waited())
+                total = metrics[REPLACED] = total + metrics[REPLACED]
+                stopping = preemption.is_due(number)
+                if number % config.log_every == 0 or number == stop or stopping:
                     scalars = {name: float(value) for name, value in metrics.items()}  # waits for the device
-                    now = time.perf_counter()
-                    scalars["step_seconds"] = (now - clock) / (number - counted)
-                    clock, counted = now, number
-                    writer.write(number, scalars)
-                    bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
-                if number % self.config.ckpt_every == 0 or number == stop:
-                    checkpoints.save(number, state, self.meta)
+                    scalars |= speed.lap()
+                    writer.write(number, scalars, programs.bucket(batch))
+                    bar.set_postfix(_shown(scalars), refresh=False)
+                    self._check_skipped(int(state.skipped) - skipped, number)
+                if number % config.ckpt_every == 0 or number == stop or stopping:
+                    checkpoints.save(number, self._kept(state), self.meta | {REPLACED: int(total)})
                 bar.update()
+                if stopping and number < stop:
+                    checkpoints.close()
+                    logging.warning("%s: saved step %d; the same command continues there", self.title, number)
+                    raise SystemExit(0)
         return state
+
+    def _kept(self, state: TrainState) -> TrainState:
+        return state if self.save_frozen else state._replace(frozen=None)
+
+    def _check_skipped(self, skipped: int, number: int) -> None:
+        if skipped > self.config.max_skipped:
+            raise UserError(
+                f"{skipped} updates until step {number} had a loss or gradient that is not finite, more than "
+                f"loop.max_skipped = {self.config.max_skipped}: lower optim.lr, or look at the data of these steps; "
+                f"{self.workdir} keeps the last good state"
+            )
+
+
+class _Feed:
+    """Encoded batches on the devices, with the time that was spent waiting for them."""
+
+    def __init__(self, batches: Batches, mesh: Mesh, encode: Callable[[Batch], Batch]):
+        self._batches, self._mesh, self._encode, self._seconds = batches, mesh, encode, 0.0
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yields the batches of these steps."""
+        placed = prefetch(self._batches(start, stop), self._mesh)
+        while True:
+            before = time.perf_counter()
+            batch = next(placed, None)
+            self._seconds += time.perf_counter() - before
+            if batch is None:
+                return
+            yield self._encode(batch)
+
+    def waited(self) -> float:
+        """Returns the seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def _counting(step: Step) -> Step:
+    """Returns the step with the number of samples among its metrics that stand in for clips that cannot be read."""
+
+    def run(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = step(state, batch, key)
+        return state, metrics | {REPLACED: batch["replaced"].sum()}
+
+    return run
+
+
+def _shown(scalars: dict[str, float]) -> dict[str, str]:
+    """Returns what the progress bar says: the loss, and bad clips once there are any."""
+    bad = {REPLACED: f"{scalars[REPLACED]:.0f}"} if scalars[REPLACED] else {}
+    return {"loss": f"{scalars['loss']:.4f}"} | bad

@@ -16,10 +16,10 @@ import pyarrow as pa
 from jaxtyping import Float, UInt8
 from pyarrow.csv import write_csv
 
-from opensora_jax.data.buckets import Bucket
+from opensora_jax.data.clip_source import ClipSource
 from opensora_jax.data.clips import read_once
-from opensora_jax.data.loader import ClipSource
-from opensora_jax.data.video import write_video
+from opensora_jax.data.media.video_writer import write_video
+from opensora_jax.data.plan.buckets import Bucket
 from opensora_jax.models.codec import Codec
 from opensora_jax.training.quality import psnr_db
 

@@ -7,7 +7,6 @@ nothing, and a device that holds an eighth of a matrix reads an eighth of it.
 import inspect
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from opensora_jax.config.build import build
 from opensora_jax.config.errors import UserError
+from opensora_jax.config.files import replacing
 from opensora_jax.weights.tensor import FileTensor
 from opensora_jax.weights.torch_file import open_torch
 
@@ -69,16 +69,11 @@ def save_safetensors(
     order = sorted(tensors, key=lambda key: -np.dtype(tensors[key].dtype).itemsize)
     header = _header({key: tensors[key] for key in order})
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for key in order:
-                file.write(np.ascontiguousarray(tensors[key]).reshape(-1).view(np.uint8).data)
-                wrote(key)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for key in order:
+            file.write(np.ascontiguousarray(tensors[key]).reshape(-1).view(np.uint8).data)
+            wrote(key)
 
 
 def read_config(folder: str | Path, cls: type[Config]) -> Config:

@@ -16,6 +16,7 @@ from opensora_jax.config.errors import UserError
 from opensora_jax.weights.views import Joined, Rows
 
 FUSED = re.compile(r"(.*_blocks\.\d+\.(?:img_attn\.|txt_attn\.|))(qkv|linear1)\.(weight|bias)$")
+FUSED_LORA = re.compile(r"(.*_blocks\.\d+\.(?:img_attn\.|txt_attn\.|))(qkv|linear1)\.(lora_[AB]\.weight)$")
 SPLIT = re.compile(r"(.*_blocks\.\d+\.(?:img_attn\.|txt_attn\.|))q_proj\.(weight|bias)$")
 PART = re.compile(r"_blocks\.\d+\..*\b(k_proj|v_proj|v_mlp)\.(weight|bias)$")
 NORM = re.compile(r"_blocks\..*\.(query_norm|key_norm)\.scale$")
@@ -55,6 +56,25 @@ def to_fused(checkpoint: Mapping[str, Any], heads: int) -> dict[str, Any]:
         elif not PART.search(key):
             fused[key] = _norm(key, tensor, pairs_again)
     return fused
+
+
+def lora_to_split(adapter: Mapping[str, Any], heads: int) -> dict[str, Any]:
+    """Returns a LoRA for the Open-Sora v2 layout that does what one for Flux's does; nothing is read yet.
+
+    Its keys are `<module>.lora_A.weight` and `<module>.lora_B.weight`. The parts of a fused layer share one A, and have
+    its B's rows each. The way back has no such form: three As are no longer one.
+    Raises: UserError when one of the two is missing.
+    """
+    split: dict[str, Any] = {}
+    for key, tensor in adapter.items():
+        if match := FUSED_LORA.match(key):
+            prefix, name, leaf = match.groups()
+            width = _get(adapter, f"{prefix}{name}.lora_A.weight").shape[1]
+            rows = _split_rows(_get(adapter, f"{prefix}{name}.lora_B.weight"), width, heads, prefix, name, leaf)
+            split |= rows if leaf == "lora_B.weight" else {part: tensor for part, _ in rows}
+        else:
+            split[key] = tensor
+    return split
 
 
 def evens_first(size: int) -> np.ndarray:

@@ -24,7 +24,13 @@ SHOWN = 5
 
 # Fields that manifests leave out, with the values that the original's code fills in.
 LEFT_OUT: dict[str, dict[str, Any]] = {
-    "mmdit": {"fused_qkv": True, "use_liger_rope": False, "patch_size": 2, "grad_ckpt_settings": (0, 0)},
+    "mmdit": {
+        "fused_qkv": True,
+        "use_liger_rope": False,
+        "patch_size": 2,
+        "grad_ckpt_settings": (0, 0),
+        "remat_policy": "full",
+    },
     "t5": {"feed_forward_proj": "gated-gelu"},
     "clip": {"eos_token_id": 2},
     "hunyuan_vae": {},

@@ -60,7 +60,7 @@ TILING_FIELDS = (
 FREE_FIELDS = (  # the same weights serve all values, so they are not compared
     *LATENT_FIELDS,
     *TILING_FIELDS,
-    "grad_ckpt_settings",
+    *("grad_ckpt_settings", "remat_policy"),  # of memory
     *("scaling_factor", "model_name", "from_scratch"),  # of the DC-AE
     "resolution",  # of Flux's autoencoder
     *("scale", "shift", "micro_frame_size", "micro_batch_size"),  # of Open-Sora 1.2's
@@ -169,8 +169,10 @@ def load_weights(
     return load_params(section["type"], checkpoint, abstract, initial=initial)
 
 
-def initial_weights(section: Section, kinds: Kinds, where: str, *, mesh: Mesh) -> Callable[[], nnx.State] | None:
-    """Returns what reads the weights that training starts from, in float32; None when the section names none.
+def initial_weights(
+    section: Section, kinds: Kinds, where: str, *, mesh: Mesh, param_dtype: DTypeLike = jnp.float32
+) -> Callable[[], nnx.State] | None:
+    """Returns what reads the weights that training starts from, in `param_dtype`; None when the section names none.
 
     Raises: UserError when they are not there.
     """
@@ -178,7 +180,7 @@ def initial_weights(section: Section, kinds: Kinds, where: str, *, mesh: Mesh) -
     if source.from_pretrained is None:
         return None
     find_weights(source.from_pretrained, where)
-    return partial(load_weights, section, kinds, where, dtype=jnp.float32, mesh=mesh, param_dtype=jnp.float32)
+    return partial(load_weights, section, kinds, where, dtype=jnp.float32, mesh=mesh, param_dtype=param_dtype)
 
 
 def open_source(section: Section, config: Any, where: str) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
 """Our own checkpoints: the Orbax steps of a workdir, whole onto a mesh or tensor by tensor.
 
-`checkpoints/<step>` holds a state (`params`, and `ema` where a run kept an average) and metadata that names the
-network. A training run writes them step by step; `write` makes a workdir of weights that came from elsewhere.
+`checkpoints/<step>` holds a state (`params`, `ema` where a run kept an average of them, `frozen` for those that did not
+learn) and metadata that names the network. A training run writes them step by step; `write` makes a workdir of weights
+that came from elsewhere.
 """
 
 import json
@@ -17,6 +18,7 @@ from flax import nnx
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.files import write_json
+from opensora_jax.nn.lora import is_lora
 
 FOLDER = "checkpoints"
 
@@ -55,13 +57,16 @@ class Stored:
 
     @property
     def part(self) -> str:
-        """The weights to use: the moving average where there is one."""
+        """The weights to use, of those that learnt: the moving average where there is one."""
         return "ema" if self.meta["ema"] else "params"
 
-    def read(self, abstract: Any) -> Any:
+    def read(self, abstract: nnx.State) -> nnx.State:
         """Returns the parameters in the tree `abstract`, in its dtypes and shardings."""
-        placed = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), abstract)
-        return self._restore(abstract, placed)
+        frozen = {path[1:-1] for path in self._leaves if path[0] == "frozen"}
+        held, learning = nnx.split_state(abstract, lambda path, _: tuple(map(str, path)) in frozen, ...)
+        parts = {self.part: learning} | ({"frozen": held} if frozen else {})
+        placed = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), parts)
+        return nnx.merge_state(*self._restore(parts, placed).values())
 
     def read_array(self, array: "StoredArray") -> np.ndarray:
         """Returns one parameter in the memory of this host."""
@@ -73,19 +78,31 @@ class Stored:
 
     def arrays(self) -> list[tuple[tuple[str, ...], "StoredArray"]]:
         """Returns (path in the module, array) of every parameter; each is read when it is asked for."""
+        return [
+            (path[1:-1], StoredArray(self, path, tuple(leaf.shape), np.dtype(leaf.dtype)))
+            for path, leaf in self._leaves.items()
+        ]
+
+    @cached_property
+    def _leaves(self) -> dict[tuple[str, ...], Any]:
+        """Path in the state -> shape and dtype of every parameter to use; the last key leads to its value."""
         with self._manager() as manager:
-            tree = manager.item_metadata(self.step)["state"].tree[self.part]
-        found = []
-        for keys, leaf in jax.tree.leaves_with_path(tree):
-            path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-            found.append((path[:-1], StoredArray(self, path, tuple(leaf.shape), np.dtype(leaf.dtype))))
-        return found
+            tree = manager.item_metadata(self.step)["state"].tree
+        parts = {name: tree[name] for name in (self.part, "frozen") if tree.get(name)}
+        leaves = {
+            tuple(jax.tree_util.keystr((key,), simple=True) for key in keys): leaf
+            for keys, leaf in jax.tree.leaves_with_path(parts)
+        }
+        if any(is_lora(path[1:-1]) for path in leaves):
+            raise UserError(
+                f"{self.workdir} holds a LoRA, no model: merge its LoRA into the model it was trained beside"
+            )
+        return leaves
 
     def _restore(self, abstract: Any, restore_args: Any) -> Any:
-        part = {self.part: abstract}
-        args = ocp.args.PyTreeRestore(part, restore_args={self.part: restore_args}, partial_restore=True)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
         with self._manager() as manager:
-            return manager.restore(self.step, args=ocp.args.Composite(state=args))["state"][self.part]
+            return manager.restore(self.step, args=ocp.args.Composite(state=args))["state"]
 
     def _manager(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(

@@ -44,6 +44,15 @@ def test_times_have_the_distribution_they_are_named_after(logit_normal, stratifi
 
 
 def test_the_loss_of_the_exact_velocity_is_zero_and_of_none_is_its_mean_square():
-    velocity = flow.target(X0, NOISE)
-    assert flow.loss(velocity, X0, NOISE) == 0
-    np.testing.assert_allclose(flow.loss(jnp.zeros_like(X0), X0, NOISE), np.mean(np.asarray(velocity) ** 2), rtol=1e-6)
+    velocity = jax.random.normal(jax.random.key(2), (3, 2, 5, 7, 11))
+    assert flow.loss(velocity, velocity) == 0
+    np.testing.assert_allclose(
+        flow.loss(jnp.zeros_like(velocity), velocity), np.mean(np.asarray(velocity) ** 2), rtol=1e-6
+    )
+
+
+def test_frames_without_weight_do_not_count_and_samples_count_alike():
+    velocity = jax.random.normal(jax.random.key(2), (2, 3, 5, 7, 11))
+    found = flow.loss(jnp.zeros_like(velocity), velocity, jnp.asarray([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]))
+    first, second = (np.mean(np.square(part)) for part in (velocity[0, 1:], velocity[1, 1]))
+    np.testing.assert_allclose(found, (first + second) / 2, rtol=1e-6)

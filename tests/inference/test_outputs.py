@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from opensora_jax.data.video import VideoError
+from opensora_jax.data.media.video import VideoError
 from opensora_jax.inference import outputs
 from opensora_jax.inference.request import Request
 

@@ -12,7 +12,7 @@ from opensora_jax.inference import outputs
 from opensora_jax.inference.pipeline import Pipeline, draw_noise, trim
 from opensora_jax.inference.request import Request, SamplingOption
 from opensora_jax.nn.tiling import Tiling, tiled_decode
-from opensora_jax.parallel.mesh import MeshConfig, make_mesh
+from opensora_jax.parallel.mesh import one_device
 from tests.inference.fakes import Autoencoder, encode_text
 
 OPTION = SamplingOption(
@@ -54,7 +54,7 @@ class Denoiser(nnx.Module):
 
 
 def make_pipeline(batch_size, decode_batch_size=2):
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    mesh = one_device()
     return Pipeline(Denoiser(), Autoencoder(), encode_text, mesh, batch_size, decode_batch_size)
 
 
@@ -165,6 +165,6 @@ def test_copies_of_the_image_are_cut_for_a_non_causal_autoencoder():
 
 
 def test_a_batch_that_cannot_be_split_is_refused():
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    mesh = one_device()
     with pytest.raises(UserError, match="batch_size"):
         Pipeline(Denoiser(), Autoencoder(), encode_text, mesh, 0, 1)

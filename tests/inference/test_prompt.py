@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,14 @@ import pytest
 from opensora_jax.config.errors import UserError
 from opensora_jax.inference import local_encoders
 from opensora_jax.inference.local_encoders import write_local_encoders
-from opensora_jax.inference.prompt import TextEncoderConfig, TextEncoders, load_encoder
+from opensora_jax.inference.prompt import (
+    TextEncoderConfig,
+    TextEncoders,
+    Tokenizer,
+    Tokenizers,
+    encoders_identity,
+    load_encoder,
+)
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights.files import open_checkpoint
 
@@ -23,9 +31,16 @@ def folder(tmp_path_factory):
     return write_local_encoders(tmp_path_factory.mktemp("demo") / "text", CAPTIONS, seed=3, text_length=LENGTH)
 
 
+def sections(folder, length):
+    return (TextEncoderConfig(str(folder / kind), length) for kind in ("t5", "clip"))
+
+
 def load(folder, length=LENGTH, dtype=jnp.float32):
-    t5, clip = (TextEncoderConfig(str(folder / kind), length) for kind in ("t5", "clip"))
-    return TextEncoders.load(t5, clip, dtype)
+    return TextEncoders.load(*sections(folder, length), dtype)
+
+
+def identity(folder, length=LENGTH, dtype=jnp.float32):
+    return encoders_identity(*sections(folder, length), dtype)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +81,8 @@ def test_a_text_encodes_the_same_alone_and_among_others(encoders):
 
 def test_ids_are_cut_and_padded_as_in_the_published_tokenizers(encoders):
     for encoder, pad, start in ((encoders.t5, 0, []), (encoders.clip, 1, [0])):
-        short, long = encoder.tokenize(["a red", "red " * 40])
-        words = encoder.tokenizer("a red", add_special_tokens=False)["input_ids"]
+        short, long = encoder.tokenizer(["a red", "red " * 40])
+        words = encoder.tokenizer.model("a red", add_special_tokens=False)["input_ids"]
         assert short.tolist() == start + words + [1] + [pad] * (LENGTH - len(start) - len(words) - 1)
         assert long[-1] == 1
         assert (long[1:-1] > 1).all()
@@ -89,22 +104,18 @@ def test_the_same_captions_in_any_order_give_the_same_encoders(folder, tmp_path)
     for kind in ("t5", "clip"):
         for name in ("tokenizer.json", "config.json", "model.safetensors"):
             assert (again / kind / name).read_bytes() == (folder / kind / name).read_bytes()
-    assert load(again).identity() == load(folder).identity()
+    assert identity(again) == identity(folder)
 
 
 def test_identity_changes_with_weights_length_dtype_and_tokenizer(folder, tmp_path):
-    identities = {
-        load(folder).identity(),
-        load(folder, LENGTH - 1).identity(),
-        load(folder, dtype=jnp.bfloat16).identity(),
-    }
+    identities = {identity(folder), identity(folder, LENGTH - 1), identity(folder, dtype=jnp.bfloat16)}
     other = write_local_encoders(tmp_path / "other", CAPTIONS, seed=4, text_length=LENGTH)
-    identities.add(load(other).identity())
+    identities.add(identity(other))
     shutil.copytree(folder, tmp_path / "copy")
-    assert load(tmp_path / "copy").identity() in identities
+    assert identity(tmp_path / "copy") in identities
     with (tmp_path / "copy" / "t5" / "tokenizer_config.json").open("a") as file:
         file.write("\n")
-    identities.add(load(tmp_path / "copy").identity())
+    identities.add(identity(tmp_path / "copy"))
     assert len(identities) == 5
 
 
@@ -169,7 +180,15 @@ def test_weights_carry_the_published_names(folder):
 
 def test_texts_encode_the_same_on_a_mesh(folder, encoders):
     t5, clip = (TextEncoderConfig(str(folder / kind), LENGTH) for kind in ("t5", "clip"))
-    split = TextEncoders.load(t5, clip, jnp.float32, make_mesh(MeshConfig(2, 2, 2)))
+    split = TextEncoders.load(t5, clip, jnp.float32, make_mesh(MeshConfig(2, 2, 1, 2)))
     assert not split.t5.params["shared"]["table"].get_value().is_fully_replicated
     for ours, expected in zip(split.encode(CAPTIONS[:2]), encoders.encode(CAPTIONS[:2]), strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def test_a_loader_tokenizes_in_threads_what_the_encoders_read(folder, encoders):
+    tokenizers = Tokenizers(*map(Tokenizer.load, sections(folder, LENGTH)))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(tokenizers, CAPTIONS * 20))
+    for name, encoder in (("t5_ids", encoders.t5), ("clip_ids", encoders.clip)):
+        np.testing.assert_array_equal(np.stack([ids[name] for ids in found]), encoder.tokenizer(CAPTIONS * 20))

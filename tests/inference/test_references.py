@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.data import video
+from opensora_jax.data.media.video_writer import write_video
 from opensora_jax.inference.references import check_references, read_references
 from opensora_jax.inference.request import Request
 
@@ -21,7 +21,7 @@ def clip(tmp_path):
 
     def write(frames, name="clip.mp4"):
         grey = 5 * np.arange(1, frames + 1, dtype=np.uint8)[:, None, None, None]
-        return video.write_video(tmp_path / name, np.broadcast_to(grey, (frames, 34, 46, 3)), 8)
+        return write_video(tmp_path / name, np.broadcast_to(grey, (frames, 34, 46, 3)), 8)
 
     return write
 

@@ -33,7 +33,7 @@ class Halves:
 
 
 def codec(data=1, fsdp=1, tensor=8):
-    return Codec(Halves(), make_mesh(MeshConfig(data, fsdp, tensor)))
+    return Codec(Halves(), make_mesh(MeshConfig(data, fsdp, 1, tensor)))
 
 
 def clips(batch, seed=0):

@@ -7,26 +7,9 @@ import pytest
 from flax import nnx
 
 from opensora_jax.models.mmdit import MMDiT, MMDiTConfig
+from tests.models.tiny import mmdit
 
-CONFIG = MMDiTConfig(
-    in_channels=12,
-    vec_in_dim=5,
-    context_in_dim=7,
-    hidden_size=24,
-    mlp_ratio=2.0,
-    num_heads=2,
-    depth=2,
-    depth_single_blocks=3,
-    axes_dim=(4, 4, 4),
-    theta=10_000,
-    qkv_bias=True,
-    guidance_embed=False,
-    cond_embed=True,
-    fused_qkv=False,
-    use_liger_rope=True,
-    patch_size=2,
-    grad_ckpt_settings=(0, 0),
-)
+CONFIG = mmdit(in_channels=12, vec_in_dim=5, context_in_dim=7, theta=10000)
 
 
 def test_an_untrained_mmdit_predicts_velocity_zero_in_the_shape_of_its_input():

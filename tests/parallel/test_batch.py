@@ -17,13 +17,15 @@ from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 @pytest.mark.parametrize(
     ("mesh", "sizes", "spec"),
     [
-        ((8, 1, 1), (16, 3, 5), (("data",),)),
-        ((2, 2, 2), (2, 6, 5), (("data",), None, ("fsdp",))),
-        ((2, 2, 2), (2, 6, 10), (("data",), None, ("fsdp",), ("tensor",))),
-        ((1, 1, 8), (1, 24, 42), (None, None, ("tensor",))),
-        ((1, 1, 8), (1, 9, 16), (None, None, None, ("tensor",))),
-        ((2, 2, 2), (1, 12, 5), (None, None, ("data", "fsdp"))),
-        ((8, 1, 1), (1, 3, 5), ()),
+        ((8, 1, 1, 1), (16, 3, 5), (("data",),)),
+        ((2, 2, 1, 2), (2, 6, 5), (("data",), None, ("fsdp",))),
+        ((2, 2, 1, 2), (2, 6, 10), (("data",), None, ("fsdp",), ("tensor",))),
+        ((1, 1, 1, 8), (1, 24, 42), (None, None, ("tensor",))),
+        ((1, 1, 1, 8), (1, 9, 16), (None, None, None, ("tensor",))),
+        ((2, 2, 1, 2), (1, 12, 5), (None, None, ("data", "fsdp"))),
+        ((8, 1, 1, 1), (1, 3, 5), ()),
+        ((1, 1, 4, 2), (1, 12, 6), (None, None, ("seq",), ("tensor",))),
+        ((2, 1, 4, 1, "ring"), (2, 8, 5), (("data",), None, ("ring",))),
     ],
 )
 def test_videos_are_split_first_then_rows_then_columns(mesh, sizes, spec):
@@ -46,7 +48,7 @@ CONFIG = HunyuanVAEConfig(
 )
 
 
-@pytest.mark.parametrize(("mesh", "sizes"), [((1, 2, 4), (1, 8, 3)), ((2, 2, 2), (2, 3, 4))])
+@pytest.mark.parametrize(("mesh", "sizes"), [((1, 2, 1, 4), (1, 8, 3)), ((2, 1, 2, 2), (2, 3, 4))])
 def test_a_split_autoencoder_gives_what_one_device_gives_and_gathers_only_for_attention(mesh, sizes):
     batch, height, width = sizes
     mesh = make_mesh(MeshConfig(*mesh))

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -13,7 +12,7 @@ from opensora_jax.diffusion import conditions
 from opensora_jax.diffusion.guidance import StepGuidance
 from opensora_jax.inference import pipeline
 from opensora_jax.inference.request import SamplingOption, latent_shape
-from opensora_jax.parallel.mesh import MeshConfig, make_mesh
+from opensora_jax.parallel.mesh import one_device
 from tests.parity import mmdit
 from tests.parity.golden import Golden, channels_first, channels_last
 from tests.parity.sampling import TIMES, TRAJECTORY, branch_prompts, needed_passes, one_null, read_references
@@ -85,7 +84,7 @@ def _sample(
         return given
 
     model = nnx.merge(network.graphdef, network.params)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    mesh = one_device()
     sample = pipeline.Pipeline(model, fake, _no_text, mesh, len(noise), len(noise)).denoise
     references = read_references(inputs, len(noise)) or []
     prompts = branch_prompts(inputs)

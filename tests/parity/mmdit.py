@@ -29,7 +29,7 @@ TABLE = Tolerance(2e-5, absolute)
 
 DEFAULTS = {"cond_embed": False, "fused_qkv": True, "use_liger_rope": False, "patch_size": 2}  # the original's
 RECOMPUTED = (1, 100)  # one double block and all single blocks: rematerialisation changes no number
-NO_SHAPE = {"from_pretrained", "cache_dir", "type", "grad_ckpt_settings"}
+NO_SHAPE = {"from_pretrained", "cache_dir", "type", "grad_ckpt_settings", "remat_policy"}
 
 
 class Network(NamedTuple):
@@ -43,7 +43,8 @@ class Network(NamedTuple):
 def config_of(fields: dict[str, Any]) -> MMDiTConfig:
     """Returns the config of a json, with the original's defaults."""
     known = DEFAULTS | {name: value for name, value in fields.items() if name not in NO_SHAPE}
-    return MMDiTConfig(**known | {"axes_dim": tuple(known["axes_dim"])}, grad_ckpt_settings=RECOMPUTED)
+    known |= {"axes_dim": tuple(known["axes_dim"]), "grad_ckpt_settings": RECOMPUTED, "remat_policy": "full"}
+    return MMDiTConfig(**known)
 
 
 def load(golden: Golden, config: str = "config") -> Network:

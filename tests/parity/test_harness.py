@@ -186,11 +186,11 @@ def test_a_goldens_folder_that_is_missing_or_empty_is_an_error(tmp_path, pytestc
 
 
 def test_the_table_is_printed_by_all_processes_and_a_failure_fails_the_run(tmp_path):
-    write(tmp_path, "lr_schedules", curves=[])
+    write(tmp_path, "gan_losses", curves=[])
     write(tmp_path, "unheard_of")
     line = [sys.executable, "-m", "pytest", "tests/parity/test_parity.py", "-n", "1", "--goldens", str(tmp_path)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
-    assert re.search(r"lr_schedules .*pending: training", done.stdout)
+    assert re.search(r"gan_losses .*pending: GAN", done.stdout)
     assert re.search(r"unheard_of .*FAIL: no driver knows", done.stdout)
     assert "2 cases: 0 pass, 1 FAIL, 1 pending; 0 comparisons" in done.stdout

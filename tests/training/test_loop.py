@@ -1,6 +1,8 @@
 """The loop on a model of one matrix: exact continuation, other meshes, and checkpoints that do not fit."""
 
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,14 @@ from flax import nnx
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.nn.linear import Linear
+from opensora_jax.parallel.batch import abstract_batch
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.metrics import MetricsWriter, read_metrics
+from opensora_jax.training.optimizer import Optimizer
 from opensora_jax.training.state import make_train_step, plan_state
 
+ADAM = Optimizer(optax.scale_by_adam(), lambda step: 1e-2, grad_clip=float("inf"))
 META = {"type": "linear", "model": {"size": 8}, "ema": True}
 
 
@@ -26,23 +31,27 @@ def loss(model, batch, key):
 
 def batches(start, stop):
     for step in range(start, stop):
-        yield {"x": np.random.default_rng(step).normal(size=(8, 8)).astype(np.float32), "step": np.asarray(step)}
+        x = np.random.default_rng(step).normal(size=(8, 8)).astype(np.float32)
+        replaced = np.arange(8) < (3 if step in (1, 5) else 0)
+        yield {"x": x, "step": np.asarray(step), "replaced": replaced}
 
 
-def train(workdir, steps, *, mesh=(-1, 1, 1), meta=META, stop_after=None):
+def train(workdir, steps, *, mesh=(-1, 1, 1, 1), meta=META, stop_after=None, make_batches=batches, max_skipped=0):
     mesh = make_mesh(MeshConfig(*mesh))
-    tx = optax.adam(1e-2)
-    graphdef, abstract, init = plan_state(lambda: Linear(8, 8, rngs=nnx.Rngs(0)), tx, mesh, ema=True)
+    graphdef, abstract, init = plan_state(lambda: Linear(8, 8, rngs=nnx.Rngs(0)), ADAM, mesh, ema=True)
 
     def some(start, stop):
-        for batch in batches(start, stop):
+        for batch in make_batches(start, stop):
             if stop_after is not None and batch["step"] == stop_after:
                 raise KeyboardInterrupt
             yield batch
 
-    config = LoopConfig(num_steps=steps, log_every=1, ckpt_every=2, keep_n_latest=2)
+    config = LoopConfig(
+        num_steps=steps, log_every=1, ckpt_every=2, keep_n_latest=2, keep_every=0, max_skipped=max_skipped
+    )
     run = Run(workdir, "test", 3, mesh, config, meta, {"loop": {"num_steps": steps}})
-    return run.fit(make_train_step(graphdef, loss, tx, ema_decay=0.9), init, abstract, some)
+    step = make_train_step(graphdef, loss, ADAM, ema_decay=0.9)
+    return run.fit(step, init, abstract, some, {"all": abstract_batch(next(batches(0, 1)), mesh)})
 
 
 def losses(workdir):
@@ -62,10 +71,19 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl")] == list(range(1, 8))
 
 
+def test_replaced_samples_are_counted_through_a_restart(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, 7, stop_after=5)
+    train(tmp_path, 7)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["replaced_samples"] for line in lines] == [0, 3, 3, 3, 3, 6, 6]
+    assert all(line["data_wait_seconds"] >= 0 for line in lines)
+
+
 def test_a_run_continues_on_another_mesh_with_the_same_losses(tmp_path):
-    train(tmp_path / "one", 6, mesh=(2, 2, 2))
-    train(tmp_path / "other", 2, mesh=(8, 1, 1))
-    state = train(tmp_path / "other", 6, mesh=(1, 4, 2))
+    train(tmp_path / "one", 6, mesh=(2, 2, 1, 2))
+    train(tmp_path / "other", 2, mesh=(8, 1, 1, 1))
+    state = train(tmp_path / "other", 6, mesh=(1, 4, 1, 2))
     assert state.params["kernel"][...].sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
     np.testing.assert_allclose(losses(tmp_path / "other"), losses(tmp_path / "one"), rtol=1e-6)
 
@@ -102,14 +120,51 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
 
 
 def test_a_run_starts_from_given_parameters_and_an_average_of_them():
-    mesh = make_mesh(MeshConfig(2, 4, 1))
-    _, abstract, random = plan_state(lambda: Linear(8, 8, rngs=nnx.Rngs(0)), optax.adam(1e-2), mesh, ema=True)
+    mesh = make_mesh(MeshConfig(2, 4, 1, 1))
+    _, abstract, random = plan_state(lambda: Linear(8, 8, rngs=nnx.Rngs(0)), ADAM, mesh, ema=True)
     ours = jax.tree.map(lambda leaf: 2 * leaf, random().params)
     expected = jax.device_get(ours)  # the parameters themselves are given away
-    _, _, init = plan_state(
-        lambda: Linear(8, 8, rngs=nnx.Rngs(0)), optax.adam(1e-2), mesh, ema=True, pretrained=lambda: ours
-    )
+    _, _, init = plan_state(lambda: Linear(8, 8, rngs=nnx.Rngs(0)), ADAM, mesh, ema=True, pretrained=lambda: ours)
     state = init()
     assert_same(state.params, expected)
     assert_same(state.ema, expected)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def spoiled(*steps):
+    """Returns batches that hold a NaN at these steps."""
+
+    def some(start, stop):
+        for batch in batches(start, stop):
+            yield batch | {"x": batch["x"] * np.float32(np.nan)} if int(batch["step"]) in steps else batch
+
+    return some
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    state = train(tmp_path, 6, make_batches=spoiled(2, 3), max_skipped=2)
+    assert int(state.skipped) == 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+    assert int(state.step) == 6
+
+
+def test_too_many_skipped_updates_end_the_run_with_its_last_good_state(tmp_path):
+    with pytest.raises(UserError, match="2 updates until step 4 had a loss or gradient that is not finite"):
+        train(tmp_path, 9, make_batches=spoiled(2, 3, 4, 5), max_skipped=1)
+    assert int(train(tmp_path, 9, max_skipped=1).step) == 9
+
+
+def test_sigterm_saves_the_step_and_exits_with_status_0(tmp_path):
+    def some(start, stop):
+        for batch in batches(start, stop):
+            if int(batch["step"]) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "cut", 9, make_batches=some)
+    assert ended.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    kept = max(int(path.name) for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert kept == 5  # the batch of step 6 was asked for while step 5 ran
+    assert_same(train(tmp_path / "cut", 9), train(tmp_path / "whole", 9))

@@ -1,4 +1,4 @@
-"""The losses of both models, on fakes whose answers are known."""
+"""The loss of the autoencoder, on fakes whose answers are known."""
 
 import json
 
@@ -8,47 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from opensora_jax.diffusion import flow
 from opensora_jax.models.posterior import Posterior
 from opensora_jax.nn.conv3d import CausalConv3d
 from opensora_jax.training import vae
-from opensora_jax.training.diffusion import DropoutRatio, FlowConfig, NullText, drop_text, make_loss
-from opensora_jax.training.optimizer import OptimConfig, learning_rate, make_optimizer
 from opensora_jax.training.reconstruction import LatentSums, latent_statistics
-
-NULL = NullText(jnp.full((3, 2), -1.0), jnp.full(5, -2.0))
-BATCH = {
-    "latent": jax.random.normal(jax.random.key(0), (4, 3, 2, 2, 7)),
-    "text": jnp.ones((4, 3, 2)),
-    "pooled": jnp.ones((4, 5)),
-}
-
-
-def test_rows_lose_each_text_independently_at_the_given_rate():
-    batch = {"text": jnp.ones((20_000, 3, 2)), "pooled": jnp.ones((20_000, 5))}
-    text, pooled = drop_text(batch, NULL, DropoutRatio(0.25, 0.5), jax.random.key(1))
-    no_text, no_pooled = np.asarray(text[:, 0, 0]) == -1, np.asarray(pooled[:, 0]) == -2
-    assert no_text.mean() == pytest.approx(0.25, abs=0.01)
-    assert no_pooled.mean() == pytest.approx(0.5, abs=0.01)
-    assert (no_text & no_pooled).mean() == pytest.approx(0.125, abs=0.01)
-    assert set(np.unique(text[no_text])) == {-1.0}  # a row is replaced whole
-
-
-def test_the_model_sees_the_point_of_its_time_on_the_path():
-    seen = {}
-
-    class Model(nnx.Module):
-        def __call__(self, x, t, text, pooled):
-            seen.update(x=x, t=t, text=text)
-            return jnp.zeros_like(x)
-
-    config = FlowConfig("uniform", stratified=False, flow_shift=None)
-    loss = make_loss(config, DropoutRatio(0.0, 0.0), NULL)
-    value, _ = loss(Model(), BATCH, jax.random.key(2))
-    t = flow.per_sample(seen["t"], seen["x"])
-    noise = (seen["x"] - (1 - t) * BATCH["latent"]) / (1 - (1 - flow.SIGMA_MIN) * (1 - t))
-    np.testing.assert_allclose(value, np.mean((flow.target(BATCH["latent"], noise)) ** 2), rtol=1e-3)
-    np.testing.assert_array_equal(seen["text"], BATCH["text"])
 
 
 def test_the_vae_loss_weighs_its_terms():
@@ -112,34 +75,3 @@ def test_latent_statistics_are_those_of_all_values_together():
     means, spread = np.concatenate(parts, axis=1).reshape(2, -1, 5)
     np.testing.assert_allclose(mean, means.mean(0))
     np.testing.assert_allclose(std, np.sqrt(means.var(0) + (spread**2).mean(0)))
-
-
-OPTIM = OptimConfig("adamw", 1e-2, (0.9, 0.99), 1e-8, 0.0, 1.0, 4, "cosine")
-
-
-def test_the_rate_warms_up_and_falls_to_zero():
-    rates = [float(learning_rate(OPTIM, 20)(step)) for step in range(21)]
-    assert rates[0] == pytest.approx(1e-6 + (1e-2 - 1e-6) / 5)
-    assert max(rates) == rates[4] == pytest.approx(1e-2)
-    assert rates[20] == pytest.approx(0, abs=1e-9)
-    assert rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
-
-
-@pytest.mark.parametrize("cls", ["adamw", "muon"])
-def test_optimisers_fit_a_line(cls):
-    tx = make_optimizer(OptimConfig(cls, 5e-2, (0.9, 0.99), 1e-8, 0.0, 1.0, 0, "constant"), 200)
-    x = jax.random.normal(jax.random.key(0), (32, 3))
-    params = {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}
-
-    def error(params):
-        return jnp.mean((x @ params["kernel"] + params["bias"] - (x @ jnp.ones((3, 2)) - 0.5)) ** 2)
-
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(error)(params), state, params)
-        return jax.tree.map(jnp.add, params, updates), state
-
-    state = tx.init(params)
-    for _ in range(200):
-        params, state = step(params, state)
-    assert error(params) < 0.01

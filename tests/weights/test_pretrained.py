@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import nnx
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.models.hunyuan_vae import HunyuanVAEConfig
-from opensora_jax.models.mmdit import MMDiT, MMDiTConfig
+from opensora_jax.models.mmdit import MMDiT
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights import workdir
 from opensora_jax.weights.files import open_checkpoint, save_safetensors
@@ -29,34 +29,16 @@ from opensora_jax.weights.pretrained import (
     parse_model,
 )
 from opensora_jax.weights.rename import published_shapes
+from tests.models.tiny import mmdit
 
-FIELDS = {
-    "in_channels": 8,
-    "vec_in_dim": 6,
-    "context_in_dim": 10,
-    "hidden_size": 24,
-    "mlp_ratio": 2.0,
-    "num_heads": 2,
-    "depth": 2,
-    "depth_single_blocks": 3,
-    "axes_dim": (4, 4, 4),
-    "theta": 100,
-    "qkv_bias": True,
-    "guidance_embed": False,
-    "cond_embed": True,
-    "fused_qkv": False,
-    "use_liger_rope": True,
-    "patch_size": 2,
-    "grad_ckpt_settings": (0, 0),
-}
-SECTION = {"type": "mmdit"} | FIELDS
-CONFIG = MMDiTConfig(**FIELDS)
+CONFIG = mmdit()
+SECTION = {"type": "mmdit"} | asdict(CONFIG)
 PATH = ("single_blocks", "blocks", "linear2", "kernel")
 
 
 def weights(**changes):
     """A published state dict in which every tensor differs."""
-    abstract = nnx.eval_shape(lambda: MMDiT(MMDiTConfig(**(FIELDS | changes)), rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: MMDiT(mmdit(**changes), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     shapes = published_shapes("mmdit", nnx.state(abstract, nnx.Param))
     return {key: rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for key, shape in shapes.items()}
@@ -75,7 +57,7 @@ def file(tmp_path, published):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return make_mesh(MeshConfig(2, 2, 2))
+    return make_mesh(MeshConfig(2, 2, 1, 2))
 
 
 def read(section, mesh, param_dtype=jnp.float32):
@@ -154,7 +136,7 @@ def test_import_and_export_change_no_bit(file, mesh, published, tmp_path):
 
 def test_a_workdir_gives_its_weights_in_another_dtype_on_another_mesh(file, mesh, published, tmp_path):
     workdir.write(tmp_path / "one", read({"from_pretrained": file}, mesh, None), describe("mmdit", CONFIG))
-    params = read({"from_pretrained": str(tmp_path / "one")}, make_mesh(MeshConfig(1, 8, 1)))
+    params = read({"from_pretrained": str(tmp_path / "one")}, make_mesh(MeshConfig(1, 8, 1, 1)))
     assert_published(params, published)
 
 
@@ -256,9 +238,14 @@ def test_fields_of_the_source_are_none_of_the_network(file):
     )
     assert config == CONFIG
     with pytest.raises(UserError, match=r"config\.model\.layout takes"):
-        read({"from_pretrained": file, "layout": "diffusers"}, make_mesh(MeshConfig(8, 1, 1)))
+        read({"from_pretrained": file, "layout": "diffusers"}, make_mesh(MeshConfig(8, 1, 1, 1)))
 
 
 def test_what_an_import_came_from_is_written_beside_it(file, mesh, tmp_path):
     workdir.write(tmp_path / "one", read({"from_pretrained": file}, mesh, None), {"source": file})
     assert json.loads((tmp_path / "one" / "import.json").read_text()) == {"source": file}
+
+
+def test_settings_of_memory_are_no_part_of_what_a_checkpoint_says_of_its_network():
+    other = replace(CONFIG, grad_ckpt_settings=(1, 1), remat_policy="offload")
+    assert describe("mmdit", other) == describe("mmdit", CONFIG)

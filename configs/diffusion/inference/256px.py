@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
             "add_fps_to_text": True,
             "motion_score": "4",
             "fps_save": 24.0,
-            "mesh": {"data": 1, "fsdp": 1, "tensor": -1},
+            "mesh": {"data": 1, "fsdp": 1, "seq": 1, "tensor": -1, "seq_method": "ulysses"},
             "model": {
                 "type": "mmdit",
                 "from_pretrained": folder + "/Open_Sora_v2.safetensors",
@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
                 "use_liger_rope": True,
                 "patch_size": 2,
                 "grad_ckpt_settings": (0, 0),
+                "remat_policy": "full",
             },
             "ae": {
                 "type": "hunyuan_vae",

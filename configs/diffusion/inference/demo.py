@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
             "add_fps_to_text": False,  # the captions of the demo set end without one
             "motion_score": placeholder(str),
             "fps_save": 8.0,
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "seq_method": "ulysses"},
             "model": trained.model.to_dict() | {"from_pretrained": folder + "/diffusion"},
             "ae": trained.ae,
             "t5": trained.t5,

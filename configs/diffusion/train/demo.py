@@ -46,18 +46,34 @@ def get_config() -> ConfigDict:
                 "use_liger_rope": True,
                 "patch_size": 2,
                 "grad_ckpt_settings": (0, 0),  # blocks that recompute their activations: none needed at this size
+                "remat_policy": "full",  # what those keep: full (nothing), save_attention, offload
             },
             "ae": autoencoder.model.to_dict() | {"from_pretrained": folder + "/vae"},
             "t5": {"from_pretrained": folder + "/text/t5", "max_length": 16},
             "clip": {"from_pretrained": folder + "/text/clip", "max_length": 16},
             "dataset": autoencoder.dataset.to_dict() | {"data_path": folder + "/meta.parquet"},
             "latents": folder + "/latents",
-            "encode": {"batch_size": 16, "posterior": "mode", "seed": 0},
+            "encode": {
+                "batch_size": 16,
+                "posterior": "mode",
+                "seed": 0,
+                "dtype": placeholder(str),  # of the stored values: that of the models
+                "shard_clips": 256,
+                "shard_texts": 256,
+                "fps_suffix": False,
+                "motion_score": "",
+            },
             # resolution: {frames: (probability, batch size)}
             "bucket_config": {"32px_ar1:1": {9: (1.0, 16)}},
+            "loader": {"num_workers": 2, "prefetch": 2},  # clips decoded at a time, batches read ahead; per host
             "small_buckets": "repeat",
             "flow": {"time_sampling": "logit_normal", "stratified": True, "flow_shift": 1.0},
+            # weights; those above 0 for i2v want the latents encoded with the same config
+            "condition_config": {"t2v": 1.0, "i2v_head": 0.0, "i2v_loop": 0.0, "i2v_tail": 0.0},
+            "no_i2v_ref_loss": False,
+            "guidance": placeholder(float),  # for models with guidance_embed
             "dropout_ratio": {"t5": 0.15, "clip": 0.15},
+            "lora": None,  # configs/diffusion/train/lora.py has one
             "optim": {
                 "cls": "muon",
                 "lr": 0.02,
@@ -67,9 +83,20 @@ def get_config() -> ConfigDict:
                 "grad_clip": 1.0,
                 "warmup_steps": 50,
                 "lr_schedule": "cosine",
+                "moments_dtype": "float32",
+                "freeze": (),  # published names of parameters, or of modules, that stay as they are
             },
+            "accumulation_steps": 1,  # parts of a batch that a step takes one after the other
             "ema_decay": 0.99,
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "loop": {"num_steps": 650, "log_every": 10, "ckpt_every": 150, "keep_n_latest": 2},
+            "mesh": {"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "seq_method": "ulysses"},
+            "distributed": autoencoder.distributed,
+            "loop": {
+                "num_steps": 650,
+                "log_every": 10,
+                "ckpt_every": 150,
+                "keep_n_latest": 2,
+                "keep_every": 0,  # keep every so many steps' checkpoint for good; 0: none
+                "max_skipped": 10,  # updates with a loss or gradient that is not finite
+            },
         }
     )

@@ -1,0 +1,27 @@
+"""Open-Sora 2.0, stage 2: videos of up to 129 frames at 256px and 768px, tokens split over 4 devices.
+
+    python -m opensora_jax.train --config=configs/diffusion/train/stage2.py \\
+        --config.model.from_pretrained=outputs/stage1/diffusion
+
+Hardware: a pod, such as a v5p-128 (64 chips: 1 x 16 x 4 of data, fsdp and seq).
+Source: hpcaitech/Open-Sora, `configs/diffusion/train/stage2.py` (256px has no line of 69 frames there either).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.diffusion.train import image
+from configs.diffusion.train.image import rows
+
+
+def get_config() -> ConfigDict:
+    config = image.get_config()
+    config.folder = "outputs/stage2"
+    config.model.grad_ckpt_settings = (100, 100)
+    config.mesh.update(seq=4, seq_method="ring")
+    config.bucket_config = {
+        "256px": {1: (1.0, 130)} | rows(1.0, (5, 33, 14), (37, 65, 10), (73, 97, 7), (101, 129, 6)),
+        "768px": {1: (1.0, 38)} | rows(1.0, (5, 33, 6), (37, 65, 4), (69, 97, 3), (101, 129, 2)),
+    }
+    config.optim.lr = 5e-5
+    config.loop.ckpt_every = 200
+    return config

@@ -1,0 +1,71 @@
+"""Several processes as one: each host of a pod or a cluster runs the same command, and here they find each other.
+
+It has to happen before anything asks JAX for devices.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from absl import logging
+
+from opensora_jax.config.errors import UserError
+
+# environment variables with the number of processes, as a number or as a list of names
+COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
+TPU_DEVICES = ("accel0", "vfio/0")  # below /dev on the machine of a TPU
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """A config's `distributed` section: the address of process 0 and this one's number, or nothing.
+
+    Without an address SLURM, Open MPI, Kubernetes and the metadata of a TPU tell, where the command runs in one of
+    them; else it runs alone.
+    """
+
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+
+    def __post_init__(self):
+        """All three are given, or none."""
+        given = [value is not None for value in (self.coordinator_address, self.num_processes, self.process_id)]
+        if any(given) != all(given):
+            raise ValueError(
+                "coordinator_address (host:port of process 0), num_processes and process_id belong together: "
+                f"got {self.coordinator_address}, {self.num_processes} and {self.process_id}."
+            )
+        if self.num_processes is not None and not 0 <= (self.process_id or 0) < self.num_processes:
+            raise ValueError(f"process_id is 0 to num_processes - 1: got {self.process_id} of {self.num_processes}.")
+
+
+def connect(config: DistributedConfig) -> None:
+    """Joins the processes of this run. Raises: UserError when they cannot be reached."""
+    if config.coordinator_address is None and not is_one_of_many(os.environ, Path("/dev")):
+        return
+    try:
+        jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the processes of this run did not find each other ({reason}): start the same command on every host, or "
+            "give config.distributed.coordinator_address, .num_processes and .process_id"
+        ) from error
+    logging.info(
+        "process %d of %d, %d devices here", jax.process_index(), jax.process_count(), jax.local_device_count()
+    )
+
+
+def is_one_of_many(environment: Mapping[str, str], devices: Path) -> bool:
+    """Returns whether the surroundings tell of several processes: a cluster's variables, or a TPU's devices."""
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if not platforms.startswith("cpu") and any((devices / name).exists() for name in TPU_DEVICES):
+        return True
+    return any(_count(environment.get(name, "")) > 1 for name in COUNTS)
+
+
+def _count(value: str) -> int:
+    return int(value) if value.isdecimal() else len([name for name in value.split(",") if name])

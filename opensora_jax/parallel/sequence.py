@@ -1,0 +1,101 @@
+"""Samples and tokens over devices: the inside of a model runs on each device's part, and attention reaches all tokens.
+
+`per_device` runs a function on what a device holds: its samples (axes `data`, `fsdp`), its part of their text and video
+tokens (`seq`, or `ring`) and its part of the parameters, which layers gather as they go (gather.py). Only `tensor` is
+left to the compiler. The joint sequence comes in another order than on one device, which attention does not notice,
+because rotations follow positions; `attend` is where devices exchange tokens.
+The mesh is that of JAX's context (`jax.set_mesh`). Without one, or on one device, the function is called as it is.
+
+Sources: Jacobs et al. 2023 (DeepSpeed Ulysses, arXiv:2309.14509); ring.py, gather.py.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, PartitionSpec, get_abstract_mesh
+from jaxtyping import Float
+
+from opensora_jax.config.errors import UserError
+from opensora_jax.kernels.attention import attention
+from opensora_jax.parallel.gather import over_tensor, split_module
+from opensora_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, check_heads, data_shards, token_axis
+from opensora_jax.parallel.ring import ATTENTION, ring_attention
+from opensora_jax.parallel.tokens import SharedTokens, length, pad, token_specs
+
+Heads = Float[Array, "B L N K"]
+
+
+def per_device(function: Callable, module: nnx.Module, text: Any, video: Any, samples: Any) -> Float[Array, "B L C"]:
+    """Returns `function(module, text, video, samples, shared)`, which are video tokens.
+
+    `text` and `video` are trees of arrays `(B) L C`, `samples` is a tree of arrays whose first axis is the batch. On a
+    mesh the function sees a device's part of each; `shared` is for `attend`, and None without a mesh.
+    Raises: UserError for a batch that the mesh cannot split.
+    """
+    mesh = get_abstract_mesh()
+    if mesh.empty or data_shards(mesh) * mesh.shape[token_axis(mesh)] == 1:
+        return function(module, text, video, samples, None)
+    _check_batch(len(jax.tree.leaves(samples)[0]), mesh)
+    axis = token_axis(mesh)
+    shared = SharedTokens(length(text), length(video), axis, mesh.shape[axis])
+    text, video = pad(text, shared.shards), pad(video, shared.shards)
+    params, specs, rebuild = split_module(module, mesh)
+
+    def local(params: list[Array], text: Any, video: Any, samples: Any) -> Array:
+        return function(rebuild(params), text, video, samples, shared)
+
+    by_token = [token_specs(tokens, axis) for tokens in (text, video)]
+    by_sample = jax.tree.map(lambda _: PartitionSpec(BATCH_AXES), samples)
+    split = jax.shard_map(
+        local,
+        in_specs=(specs, *by_token, by_sample),
+        out_specs=PartitionSpec(BATCH_AXES, axis),
+        axis_names={*BATCH_AXES, axis} if mesh.shape["tensor"] > 1 else set(mesh.axis_names),
+        check_vma=False,  # gradients are then summed over `data` and `seq` here, in float32 and for all layers at once
+    )
+    found = jax.lax.with_sharding_constraint(split(params, text, video, samples), PartitionSpec(BATCH_AXES))
+    return found[:, : shared.video]
+
+
+def attend(q: Heads, k: Heads, v: Heads, shared: SharedTokens | None) -> Heads:
+    """Returns attention of a device's queries over the tokens of all devices that share their samples.
+
+    Raises: UserError for heads that the mesh cannot split.
+    """
+    if shared is None:
+        return _plain(q, k, v, shared)
+    mesh, heads = get_abstract_mesh(), PartitionSpec(None, None, "tensor")
+    check_heads(q.shape[2], mesh)
+    if q.shape[2] % mesh.shape["tensor"]:
+        return _plain(q, k, v, shared)
+    method = _plain if shared.shards == 1 else METHODS[shared.axis]
+    return over_tensor(partial(method, shared=shared), (heads,) * 3, heads)(q, k, v)
+
+
+def ulysses(q: Heads, k: Heads, v: Heads, shared: SharedTokens) -> Heads:
+    """Returns attention over all tokens: every device trades its tokens of all heads for all tokens of some heads."""
+    trade = partial(jax.lax.all_to_all, axis_name=shared.axis, tiled=True)
+    q, k, v = (trade(part, split_axis=2, concat_axis=1) for part in (q, k, v))
+    mask = None if shared.real is None else jnp.asarray(shared.real.reshape(1, 1, 1, -1))
+    return checkpoint_name(trade(attention(q, k, v, mask=mask), split_axis=1, concat_axis=2), ATTENTION)
+
+
+METHODS: dict[str, Callable[..., Heads]] = {TOKEN_AXES["ulysses"]: ulysses, TOKEN_AXES["ring"]: ring_attention}
+
+
+def _plain(q: Heads, k: Heads, v: Heads, shared: SharedTokens | None) -> Heads:
+    return checkpoint_name(attention(q, k, v), ATTENTION)
+
+
+def _check_batch(batch: int, mesh: AbstractMesh) -> None:
+    if batch % data_shards(mesh):
+        raise UserError(
+            f"a batch of {batch} samples does not divide by mesh.data x mesh.fsdp = {mesh.shape['data']} x "
+            f"{mesh.shape['fsdp']}: use a multiple, or a mesh that splits less"
+        )

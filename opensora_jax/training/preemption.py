@@ -1,0 +1,38 @@
+"""Whether a run is asked to stop: SIGTERM, which schedulers send some time before they take a machine away."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+
+class Preemption:
+    """Listens for SIGTERM while it is entered; a second signal then ends the process at once.
+
+    Of several processes each may be told at another time: JAX lets all of them agree on a step.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+        self._before: Any = None
+
+    def __enter__(self) -> "Preemption":
+        if jax.process_count() == 1:  # else JAX listens
+            self._before = signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether to stop after this step, the same in all processes, which ask at every step."""
+        return self._told if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        logging.warning("asked to stop (signal %d): saving after this step", number)
+        self._told = True
+        signal.signal(number, self._before)

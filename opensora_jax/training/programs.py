@@ -1,0 +1,128 @@
+"""The compiled steps of a run: one for every shape of batch, made before the first step, so that none stalls later.
+
+Compiling tells how much memory a step takes. What does not fit the devices is refused here with its bytes, not hours
+later by the device.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from opensora_jax.config.errors import UserError
+from opensora_jax.parallel.batch import batch_size
+
+GIB = 2**30
+
+AbstractBatch = dict[str, jax.ShapeDtypeStruct]
+Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What compiling the step for a bucket found; bytes are for each device."""
+
+    bucket: str
+    samples: int
+    seconds: float
+    peak_bytes: int
+    state_bytes: int
+
+    def largest_batch(self, limit: int) -> int:
+        """Returns about how many samples of the global batch would fit into `limit` bytes: memory grows with them."""
+        each = max(self.peak_bytes - self.state_bytes, 1) / self.samples
+        return max(int((limit - self.state_bytes) / each), 0)
+
+
+class Programs:
+    """Calls the step `(state, batch, key) -> (state, metrics)` in the form that was compiled for the batch's shapes."""
+
+    def __init__(self, step: Callable, abstract: Any, mesh: Mesh):
+        self.mesh, self._abstract = mesh, abstract
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        self._compiled: dict[Shapes, tuple[str, Any]] = {}  # the bucket and its program
+
+    def compile(self, examples: Mapping[str, AbstractBatch]) -> list[Program]:
+        """Returns what was compiled for batches of these shapes and shardings, which have a name each.
+
+        Raises: UserError when one does not fit into the memory of a device.
+        """
+        limit = device_memory(self.mesh)
+        found = [self._compile(name, batch) for name, batch in tqdm(examples.items(), desc="compile", unit="bucket")]
+        logging.info("%s", describe(found, limit))
+        if limit and any(program.peak_bytes > limit for program in found):
+            raise UserError(too_large([program for program in found if program.peak_bytes > limit], limit))
+        return found
+
+    def __call__(self, state: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        """Returns the next state and the metrics; shapes without a compiled form are compiled now."""
+        _, step = self._compiled.get(shapes_of(batch), ("", self._step))
+        return step(state, batch, key)
+
+    def bucket(self, batch: Mapping[str, Any]) -> str:
+        """Returns the name under which a batch of these shapes was compiled, "" for none."""
+        return self._compiled.get(shapes_of(batch), ("", None))[0]
+
+    def key(self, seed: int) -> jax.Array:
+        """Returns the run's random key, on all devices."""
+        return jax.device_put(jax.random.key(seed), NamedSharding(self.mesh, PartitionSpec()))
+
+    def _compile(self, name: str, batch: AbstractBatch) -> Program:
+        before = time.perf_counter()
+        compiled = self._step.lower(self._abstract, batch, self.key(0)).compile()
+        self._compiled[shapes_of(batch)] = name, compiled
+        memory: Any = compiled.memory_analysis()
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        return Program(
+            name,
+            batch_size(batch),
+            time.perf_counter() - before,
+            peak - memory.alias_size_in_bytes,
+            sum(_bytes_on_a_device(leaf) for leaf in jax.tree.leaves(self._abstract)),
+        )
+
+
+def _bytes_on_a_device(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def shapes_of(batch: Mapping[str, Any]) -> Shapes:
+    """Returns what tells batches apart that need programs of their own."""
+    return tuple((name, batch[name].shape, str(batch[name].dtype)) for name in sorted(batch))
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Returns the bytes that a program may use on a device; None where the platform does not say (CPUs)."""
+    stats = mesh.local_devices[0].memory_stats()
+    return stats["bytes_limit"] if stats and "bytes_limit" in stats else None
+
+
+def describe(programs: list[Program], limit: int | None) -> str:
+    """Returns the programs as a table for the log."""
+    of = f" of {limit / GIB:.1f}" if limit else ""
+    lines = [f"compiled {len(programs)} steps; GiB on each device{of}:"]
+    width = max((len(program.bucket) for program in programs), default=0)
+    lines += [
+        f"  {one.bucket:<{width}}  {one.samples:>6} samples  {one.peak_bytes / GIB:>8.3f} GiB  {one.seconds:>6.1f} s"
+        for one in programs
+    ]
+    return "\n".join(lines)
+
+
+def too_large(programs: list[Program], limit: int) -> str:
+    """Returns the error about steps that do not fit, with what would."""
+    worst = max(programs, key=lambda program: program.peak_bytes)
+    fitting = worst.largest_batch(limit)
+    smaller = f"lower its batch size (about {fitting} samples in all devices fit)" if fitting else "split it further"
+    return (
+        f"{len(programs)} bucket(s) do not fit into {limit / GIB:.1f} GiB of a device: {worst.bucket} needs "
+        f"{worst.peak_bytes / GIB:.1f} GiB for {worst.samples} samples, {worst.state_bytes / GIB:.1f} of them for the "
+        f"state. Raise model.grad_ckpt_settings, or {smaller}, or raise mesh.fsdp or mesh.seq"
+    )

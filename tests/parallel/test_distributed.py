@@ -1,0 +1,49 @@
+"""How processes find each other; that they train together is in tests/test_hosts.py."""
+
+import pytest
+
+from opensora_jax.config.errors import UserError
+from opensora_jax.parallel import distributed
+from opensora_jax.parallel.distributed import DistributedConfig, connect, is_one_of_many
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
+    ],
+)
+def test_a_cluster_is_told_by_its_variables(tmp_path, environment, expected):
+    assert is_one_of_many(environment, tmp_path) == expected
+
+
+def test_a_tpu_is_told_by_its_devices_unless_the_cpu_is_asked_for(tmp_path):
+    (tmp_path / "accel0").touch()
+    assert is_one_of_many({}, tmp_path)
+    assert not is_one_of_many({"JAX_PLATFORMS": "cpu"}, tmp_path)
+
+
+@pytest.mark.parametrize("fields", [("host:1", None, None), (None, 2, 0), ("host:1", 2, None), ("host:1", 2, 2)])
+def test_half_an_address_is_refused(fields):
+    with pytest.raises(ValueError, match=r"belong together|process_id is 0 to"):
+        DistributedConfig(*fields)
+
+
+def test_processes_that_are_not_found_are_one_line(monkeypatch):
+    def initialize(*address):
+        raise RuntimeError("DEADLINE_EXCEEDED: nobody there\nmore")
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match=r"did not find each other \(DEADLINE_EXCEEDED: nobody there\): start the same"):
+        connect(DistributedConfig("10.0.0.1:1234", 2, 1))
+
+
+def test_alone_nothing_is_asked(monkeypatch):
+    monkeypatch.setattr(distributed, "is_one_of_many", lambda *surroundings: False)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *address: 1 / 0)
+    connect(DistributedConfig(None, None, None))

@@ -1,0 +1,64 @@
+"""Steps compiled ahead: for every shape of batch, with their memory, and refused where that is too large."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opensora_jax.config.errors import UserError
+from opensora_jax.parallel.batch import abstract_batch, batch_sharding, data_share, to_devices
+from opensora_jax.parallel.mesh import MeshConfig, make_mesh
+from opensora_jax.training import programs
+from opensora_jax.training.programs import Programs
+
+
+def step(state, batch, key):
+    return state + batch["x"].sum(), {"mean": batch["x"].mean()}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, seq=1, tensor=2))
+
+
+@pytest.fixture
+def state(mesh):
+    return jax.device_put(jnp.zeros(()), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def abstract(state):
+    return jax.ShapeDtypeStruct(state.shape, state.dtype, sharding=state.sharding)
+
+
+def shapes(length, mesh):
+    return abstract_batch(batch(length), mesh)
+
+
+def batch(length):
+    return {"x": np.ones((8, length), np.float32), "step": np.asarray(3)}
+
+
+def test_every_shape_has_its_program_and_no_step_compiles(mesh, state):
+    made = Programs(step, abstract(state), mesh)
+    found = made.compile({"short": shapes(3, mesh), "long": shapes(5, mesh)})
+    assert [(one.bucket, one.samples) for one in found] == [("short", 8), ("long", 8)]
+    assert all(one.peak_bytes > one.state_bytes > 0 for one in found)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made, "_step", None)
+        for length in (5, 3):
+            state, metrics = made(state, to_devices(batch(length), mesh), made.key(0))
+            assert float(metrics["mean"]) == 1
+    assert float(state) == 64
+
+
+def test_a_step_that_does_not_fit_is_refused_with_what_would(mesh, state, monkeypatch):
+    monkeypatch.setattr(programs, "device_memory", lambda mesh: 3000)
+    with pytest.raises(
+        UserError, match=r"1 bucket\(s\) do not fit .* long needs .* for 8 samples.* lower its batch size"
+    ):
+        Programs(step, abstract(state), mesh).compile({"short": shapes(3, mesh), "long": shapes(500, mesh)})
+
+
+def test_one_process_reads_all_samples(mesh):
+    assert data_share(mesh) == (0, 1)
+    assert batch_sharding(mesh).shard_shape((8,)) == (2,)
