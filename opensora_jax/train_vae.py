@@ -110,7 +110,7 @@ def main(argv: list[str]) -> Path | None:
         frozen=frozen_parameters(config.model["type"], config.optim.freeze, None),
     )
     examples = config.images.examples(example_batches(plan, source, host=host))
-    loss = vae.make_loss(config.vae_loss_config, perceptual_distance(config))
+    loss = vae.VAELoss(config.vae_loss_config, perceptual_distance(config))
     meta = describe(config.model["type"], model_config) | {"ema": ema, "plan": plan.hash}
     state = Run(config.workdir, "train_vae", config.seed, mesh, config.loop, meta, CONFIG.value.to_dict()).fit(
         make_train_step(graphdef, loss, optimizer, ema_decay=config.ema_decay),

@@ -45,17 +45,17 @@ def latents(tmp_path_factory) -> Path:
     return folder
 
 
-def start(latents: Path, workdir: Path, mesh: tuple[int, int], processes: int = 2) -> list[subprocess.Popen]:
+def start(latents: Path, workdir: Path, mesh: tuple[int, int], processes: int = 2, parts: int = 1) -> list:
     """Starts the processes of a run; each writes its messages to a file in the workdir's folder."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = [f"--config.latents={latents}", f"--config.workdir={workdir}", *SIZE]
-    flags += [f"--config.mesh.data={mesh[0]}", f"--config.mesh.fsdp={mesh[1]}"]
+    flags += [f"--config.mesh.data={mesh[0]}", f"--config.mesh.fsdp={mesh[1]}", f"--config.accumulation_steps={parts}"]
     command = [sys.executable, "-m", "opensora_jax.train", "--config=configs/diffusion/train/demo.py", *flags]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={8 // processes}",
+        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={mesh[0] * mesh[1] // processes}",
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "PYTHONPATH": str(ROOT),
     }
@@ -107,10 +107,10 @@ def test_two_processes_killed_at_random_steps_continue_bit_for_bit(latents, whol
         workdir.rename(tmp_path / f"killed_{draw.random()}")
 
 
-@pytest.mark.parametrize("mesh", [(2, 4), (8, 1)])
-def test_one_process_continues_what_two_began_on_another_mesh(latents, whole, tmp_path, mesh):
+@pytest.mark.parametrize(("mesh", "parts"), [((2, 4), 1), ((8, 1), 1), ((1, 1), 8)])
+def test_one_process_continues_what_two_began_on_another_mesh(latents, whole, tmp_path, mesh, parts):
     workdir = tmp_path / "moved"
     kill_at(5, 1, start(latents, workdir, (4, 2)), workdir)
-    finish(start(latents, workdir, mesh, processes=1), workdir)
+    finish(start(latents, workdir, mesh, processes=1, parts=parts), workdir)
     np.testing.assert_allclose(losses(workdir), losses(whole), rtol=1e-5)
     assert json.loads((workdir / "config.json").read_text())["mesh"]["fsdp"] == mesh[1]

@@ -11,34 +11,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import PyTree
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
-Objective = Callable[[Any, Batch, Array], tuple[Array, Metrics]]
+Objective = Callable[[Any, Any], tuple[Array, Metrics]]
 
 
-def mean_gradient(
-    objective: Objective, parts: int, params: Any, batch: Batch, key: Array
-) -> tuple[Array, Metrics, Any]:
-    """Returns the mean over the parts of a batch of `objective(params, part, key)`, its metrics and its gradient.
+def mean_gradient(objective: Objective, parts: int, params: Any, batch: PyTree[Array]) -> tuple[Array, Metrics, Any]:
+    """Returns the mean over the parts of a batch of `objective(params, part)`, its metrics and its gradient.
 
-    Gradients are added up in float32. Each part has its own key; 0-d values of a batch belong to all parts.
+    Gradients are added up in float32. 0-d leaves of a batch belong to all parts.
     Raises: ValueError for a batch that cannot be cut into `parts` equal ones.
     """
     gradient = jax.value_and_grad(objective, has_aux=True)
     if parts == 1:
-        (value, metrics), grads = gradient(params, batch, key)
+        (value, metrics), grads = gradient(params, batch)
         return value, metrics, grads
-    whole = {name: leaf for name, leaf in batch.items() if leaf.ndim == 0}
-    rows = {name: _cut(name, leaf, parts) for name, leaf in batch.items() if leaf.ndim}
+    leaves, tree = jax.tree.flatten_with_path(batch)
+    cut = [
+        _cut(jax.tree_util.keystr(path, simple=True, separator="."), leaf, parts) if leaf.ndim else None
+        for path, leaf in leaves
+    ]
 
-    def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, tuple[Array, Metrics]]:
-        number, rows = part
-        found, grads = gradient(params, rows | whole, jax.random.fold_in(key, number))
+    def add(total: Any, rows: list[Array | None]) -> tuple[Any, tuple[Array, Metrics]]:
+        part = [leaf if mine is None else mine for (_, leaf), mine in zip(leaves, rows, strict=True)]
+        found, grads = gradient(params, jax.tree.unflatten(tree, part))
         return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads), found
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    total, found = jax.lax.scan(add, zeros, (jnp.arange(parts), rows))
+    total, found = jax.lax.scan(add, zeros, cut)
     value, metrics = jax.tree.map(lambda values: values.mean(0), found)
     return value, metrics, jax.tree.map(lambda t: t / parts, total)
 

@@ -76,7 +76,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """The loss of a denoiser, `objective(model, batch, key)`.
+    """The loss of a denoiser, `objective(model, batch, objective.draw(batch, key))`.
 
     A batch has `latent` (BTHWC), `text` (BSE) and `pooled` (BP), and where the mix shows frames the number of each
     sample's condition and the references that the mix names. `guidance` goes to models that take it as an input. With
@@ -90,9 +90,11 @@ class Objective:
     guidance: float | None
     no_i2v_ref_loss: bool
 
-    def __call__(self, model: nnx.Module, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        """Returns the loss of a batch, a mean over its samples, for the draws of a key."""
-        return self.at(model, batch, self.draw(batch, key)), {}
+    def __call__(self, model: nnx.Module, batch: Batch, draws: Draws) -> tuple[Array, Metrics]:
+        """Returns the loss of a batch, a mean over its samples."""
+        velocity = model(*self.inputs(batch, draws))
+        wanted = flow.target(_float32(batch["latent"]), draws.noise)
+        return flow.loss(velocity, wanted, self.learnt_frames(batch)), {}
 
     def check(self, examples: Mapping[str, Mapping[str, Any]], *, cond_embed: bool, guidance_embed: bool) -> None:
         """Check the objective against what the model takes and a batch of every bucket, as a step reads it.
@@ -102,12 +104,6 @@ class Objective:
         if guidance_embed and self.guidance is None:
             raise UserError("the model has guidance_embed=True: set --config.guidance=4.0, or another scale")
         self.mix.check(examples, cond_embed=cond_embed)
-
-    def at(self, model: nnx.Module, batch: Batch, draws: Draws) -> Float[Array, ""]:
-        """Returns the loss for given draws."""
-        velocity = model(*self.inputs(batch, draws))
-        wanted = flow.target(_float32(batch["latent"]), draws.noise)
-        return flow.loss(velocity, wanted, self.learnt_frames(batch))
 
     def draw(self, batch: Batch, key: Array) -> Draws:
         """Returns the draws of a key."""

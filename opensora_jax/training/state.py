@@ -1,7 +1,7 @@
 """What a training run carries from step to step, and the step itself: a pure function ready for `jax.jit`."""
 
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,18 @@ from opensora_jax.parallel.rules import state_shardings
 from opensora_jax.training.accumulate import Batch, Metrics, mean_gradient
 from opensora_jax.training.optimizer import Optimizer
 
-Loss = Callable[[nnx.Module, Batch, Array], tuple[Array, Metrics]]
 Path = tuple[Any, ...]  # of a parameter in its module
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A mean over the samples of a batch, with what chance decides drawn apart from what follows from it."""
+
+    def draw(self, batch: Batch, key: Array) -> Any:
+        """Returns the draws for a whole batch: arrays with a row for every sample, and 0-d ones for all of them."""
+
+    def __call__(self, model: nnx.Module, batch: Batch, draws: Any) -> tuple[Array, Metrics]:
+        """Returns the loss of a batch, or of some of its rows and their draws, with further metrics."""
 
 
 class TrainState(NamedTuple):
@@ -112,21 +122,23 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
     """Returns `step(state, batch, key) -> (state, metrics)`; the loss is a mean over the batch.
 
-    A batch is taken in `accumulation_steps` equal parts, one after the other. If the loss or the norm of the gradients
-    is not finite, the parameters, their average and their moments stay as they are; only the step goes on.
+    A batch is taken in `accumulation_steps` equal parts, one after the other. What chance decides is drawn before it is
+    cut, so that their number changes nothing. If the loss or the norm of the gradients is not finite, the parameters,
+    their average and their moments stay as they are; only the step goes on.
     """
 
     def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)  # a restarted run draws the same noise
 
-        def objective(params: nnx.State, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-            return loss(nnx.merge(graphdef, join(params, state.frozen)), batch, key)
+        def objective(params: nnx.State, part: tuple[Batch, Any]) -> tuple[Array, Metrics]:
+            return loss(nnx.merge(graphdef, join(params, state.frozen)), *part)
 
         def update(grads: nnx.State, params: nnx.State, ema: nnx.State | None, opt_state: Any) -> tuple:
             params, opt_state = optimizer.update(grads, norm, opt_state, params, state.step)
             return params, ema if ema_decay is None or ema is None else moved(ema, params, ema_decay), opt_state
 
-        value, metrics, grads = mean_gradient(objective, accumulation_steps, state.params, batch, key)
+        drawn = batch, loss.draw(batch, key)
+        value, metrics, grads = mean_gradient(objective, accumulation_steps, state.params, drawn)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         # A choice between the results would keep both: half of the state's memory again, where it is not fused away.

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from opensora_jax.models.codec import to_pixels
 from opensora_jax.models.posterior import Posterior
-from opensora_jax.training.state import Batch, Loss, Metrics
+from opensora_jax.training.accumulate import Batch, Metrics
 
 Distance = Callable[[Array, Array], Array]  # of two videos, frame by frame
 
@@ -52,22 +52,31 @@ def only_current_frame_learns(model: nnx.Module) -> nnx.Module:
     return nnx.merge(graphdef, jax.tree.map(cut, params))
 
 
-def make_loss(config: VAELossConfig, lpips: Distance | None = None) -> Loss:
-    """Returns `loss(model, batch, key)` for batches of `video` bytes; single frames are images.
+@dataclass(frozen=True, eq=False)
+class VAELoss:
+    """The loss of an autoencoder on batches of `video` bytes; single frames are images.
 
     `lpips` is needed where the perceptual distance has a weight.
     """
 
-    def loss(model: nnx.Module, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+    config: VAELossConfig
+    lpips: Distance | None = None
+
+    def draw(self, batch: Batch, key: Array) -> Array:
+        """Returns the key itself, of which the posterior draws its latents."""
+        del batch
+        return key
+
+    def __call__(self, model: nnx.Module, batch: Batch, draws: Array) -> tuple[Array, Metrics]:
+        """Returns error and divergence of a batch, with their parts as metrics."""
         video = to_pixels(batch["video"])
         if video.shape[1] == 1:
             model = only_current_frame_learns(model)
         posterior = model.posterior(video)  # type: ignore[attr-defined]
-        reconstruction = model.reconstruct(posterior.sample(key))  # type: ignore[attr-defined]
-        error, kl, metrics = measure(config, video, reconstruction, posterior, lpips, config.logvar_init)
+        reconstruction = model.reconstruct(posterior.sample(draws))  # type: ignore[attr-defined]
+        config = self.config
+        error, kl, metrics = measure(config, video, reconstruction, posterior, self.lpips, config.logvar_init)
         return error + kl, metrics | {"psnr_db": 10 * jnp.log10(4 / metrics["l2"])}
-
-    return loss
 
 
 def measure(

@@ -23,6 +23,7 @@ from opensora_jax.training.optimizer import OptimConfig, make_optimizer
 from opensora_jax.training.state import make_train_step, plan_state
 from tests.models.tiny import mmdit
 from tests.parity.golden import QUICK
+from tests.training.losses import Keyed
 
 CONFIG = mmdit(
     in_channels=12,
@@ -80,7 +81,7 @@ def trained(config):
     optimizer = make_optimizer(OPTIM, 20)
     graphdef, abstract, init = plan_state(make_model, optimizer, mesh, ema=False)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step = make_train_step(graphdef, loss, optimizer, ema_decay=None)
+    step = make_train_step(graphdef, Keyed(loss), optimizer, ema_decay=None)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=QUICK)
 
     @cache

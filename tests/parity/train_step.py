@@ -143,7 +143,7 @@ def step(golden: Golden) -> None:
     golden.compare("out/target", patchify(flow.target(batch["latent"], draws.noise), patch), INPUT)
 
     def measure(params: nnx.State) -> Array:
-        return objective.at(nnx.merge(network.graphdef, params), batch, draws)
+        return objective(nnx.merge(network.graphdef, params), batch, draws)[0]
 
     loss, by_params = jax.jit(jax.value_and_grad(measure), compiler_options=QUICK)(network.params)
     golden.compare("out/loss", loss, LOSS)

@@ -31,6 +31,11 @@ def objective(times=TIMES, t5=0.0, clip=0.0, weights=None, guidance=None, no_i2v
     return Objective(times, DropoutRatio(t5, clip), NULL, mix, guidance, no_i2v_ref_loss)
 
 
+def value_of(goal, model, rows):
+    """Returns the loss of rows for the draws of one key."""
+    return goal(model, rows, goal.draw(rows, KEY))
+
+
 class Model(nnx.Module):
     """Notes its inputs and answers with zeros, or with a constant on the first frame."""
 
@@ -64,7 +69,7 @@ def test_a_short_null_text_repeats_its_last_embedding_and_a_long_one_is_refused(
 
 def test_the_model_sees_the_point_of_its_time_on_the_path():
     model, rows = Model(), batch()
-    value, _ = objective()(model, rows, KEY)
+    value, _ = value_of(objective(), model, rows)
     t = flow.per_sample(model.seen["t"], model.seen["x"])
     noise = (model.seen["x"] - (1 - t) * rows["latent"]) / (1 - (1 - flow.SIGMA_MIN) * (1 - t))
     np.testing.assert_allclose(value, np.mean((flow.target(rows["latent"], noise)) ** 2), rtol=1e-3)
@@ -94,7 +99,7 @@ def test_each_sample_is_shown_its_own_condition():
     names = ("t2v", "i2v_head", "i2v_loop", "i2v_tail")
     rows = batch() | {CONDITION: jnp.asarray([NAMES.index(name) for name in names])}
     model = Model()
-    objective(weights=dict.fromkeys(names, 1), guidance=3.5)(model, rows, KEY)
+    value_of(objective(weights=dict.fromkeys(names, 1), guidance=3.5), model, rows)
     mask, shown = np.split(np.asarray(model.seen["condition"]), [1], axis=-1)
     np.testing.assert_array_equal(mask[:, :, 0, 0, 0], [[0, 0, 0], [1, 0, 0], [1, 0, 1], [0, 0, 1]])
     np.testing.assert_array_equal(shown[:, :, 1, 1, 3], [[0, 0, 0], [10, 0, 0], [10, 0, 20], [0, 0, 20]])
@@ -104,21 +109,21 @@ def test_each_sample_is_shown_its_own_condition():
 def test_a_reference_that_a_condition_shows_must_be_in_the_batch():
     rows = {name: value for name, value in batch().items() if name != "tail"}
     with pytest.raises(KeyError, match="tail"):
-        objective(weights={"i2v_tail": 1})(Model(), rows | {CONDITION: jnp.zeros(4, jnp.int32)}, KEY)
+        value_of(objective(weights={"i2v_tail": 1}), Model(), rows | {CONDITION: jnp.zeros(4, jnp.int32)})
 
 
 def test_given_images_leave_the_loss_where_the_config_says_so():
     rows = batch() | {CONDITION: jnp.full(4, NAMES.index("i2v_head"))}
     weights = {"i2v_head": 1}
     losses = [
-        [objective(weights=weights, no_i2v_ref_loss=masked)(Model(first), rows, KEY)[0] for first in (0.0, 50.0)]
+        [value_of(objective(weights=weights, no_i2v_ref_loss=masked), Model(first), rows)[0] for first in (0.0, 50.0)]
         for masked in (True, False)
     ]
     assert losses[0][0] == losses[0][1]  # whatever the first frame is
     assert losses[1][1] > losses[1][0] + 500
     rest = {"latent": rows["latent"][:, 1:], "text": rows["text"], "pooled": rows["pooled"]}
     draws = objective().draw(rows, KEY)
-    value = objective().at(Model(), rest, draws._replace(noise=draws.noise[:, 1:]))
+    value, _ = objective()(Model(), rest, draws._replace(noise=draws.noise[:, 1:]))
     np.testing.assert_allclose(losses[0][0], value, rtol=1e-6)
 
 

@@ -19,6 +19,7 @@ from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.metrics import MetricsWriter, read_metrics
 from opensora_jax.training.optimizer import Optimizer
 from opensora_jax.training.state import make_train_step, plan_state
+from tests.training.losses import Keyed
 
 ADAM = Optimizer(optax.scale_by_adam(), lambda step: 1e-2, grad_clip=float("inf"))
 META = {"type": "linear", "model": {"size": 8}, "ema": True}
@@ -50,7 +51,7 @@ def train(workdir, steps, *, mesh=(-1, 1, 1, 1), meta=META, stop_after=None, mak
         num_steps=steps, log_every=1, ckpt_every=2, keep_n_latest=2, keep_every=0, max_skipped=max_skipped
     )
     run = Run(workdir, "test", 3, mesh, config, meta, {"loop": {"num_steps": steps}})
-    step = make_train_step(graphdef, loss, ADAM, ema_decay=0.9)
+    step = make_train_step(graphdef, Keyed(loss), ADAM, ema_decay=0.9)
     return run.fit(step, init, abstract, some, {"all": abstract_batch(next(batches(0, 1)), mesh)})
 
 

@@ -16,6 +16,7 @@ from opensora_jax.training.optimizer import Optimizer
 from opensora_jax.training.state import make_train_step, plan_state
 from opensora_jax.weights.lora import frozen_parameters, with_lora
 from tests.models.tiny import mmdit
+from tests.training.losses import Keyed
 
 CONFIG = mmdit(depth=1, depth_single_blocks=2, cond_embed=False, grad_ckpt_settings=(0, 1))
 LORA = LoRAConfig(3, 6.0, ("double_blocks", "single_blocks"), None)
@@ -55,7 +56,7 @@ def train(mesh, steps=4):
     """Returns the losses of a few steps, and the states before and after them."""
     graphdef, _, init = plan(mesh)
     with jax.set_mesh(mesh):
-        step = jax.jit(make_train_step(graphdef, loss, ADAM, ema_decay=0.9), donate_argnums=0)
+        step = jax.jit(make_train_step(graphdef, Keyed(loss), ADAM, ema_decay=0.9), donate_argnums=0)
         state, losses = init(), []
         start = jax.device_get(state)
         for number in range(steps):
@@ -86,7 +87,7 @@ def test_what_a_checkpoint_of_a_lora_needs_is_small():
 
 def test_no_gradient_is_computed_for_the_kernels_beside_a_lora():
     graphdef, abstract, _ = plan(make_mesh(MeshConfig(8, 1, 1, 1)))
-    step = make_train_step(graphdef, loss, ADAM, ema_decay=None)
+    step = make_train_step(graphdef, Keyed(loss), ADAM, ema_decay=None)
     found = products(jax.make_jaxpr(step)(abstract, batch(0), jax.random.key(0)).jaxpr)
     assert {(24, 3), (3, 24)} <= found  # gradients of thin matrices
     shapes = {kernel[-2:] for kernel in kernels(abstract.frozen, "")}

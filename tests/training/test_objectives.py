@@ -23,7 +23,7 @@ def test_the_vae_loss_weighs_its_terms():
             return jnp.full((2, 1, 4, 4, 3), -0.5)
 
     batch = {"video": jnp.zeros((2, 1, 4, 4, 3), jnp.uint8)}  # black is -1
-    total, parts = vae.make_loss(vae.VAELossConfig(1.0, 10.0, 100.0))(Model(), batch, jax.random.key(0))
+    total, parts = vae.VAELoss(vae.VAELossConfig(1.0, 10.0, 100.0))(Model(), batch, jax.random.key(0))
     assert parts["l1"] == pytest.approx(0.5)
     assert parts["l2"] == pytest.approx(0.25)
     assert parts["kl"] == pytest.approx(0.5)  # of N(1, 1), per value

@@ -14,6 +14,7 @@ from opensora_jax.nn.stack import Stack
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.training.optimizer import Optimizer
 from opensora_jax.training.state import make_train_step, plan_state
+from tests.training.losses import Keyed
 
 ADAM = Optimizer(optax.scale_by_adam(), lambda step: 1e-2 / (1 + step), grad_clip=1.0)
 FROZEN = {("first", "kernel"), ("blocks", "blocks", "bias")}
@@ -52,7 +53,7 @@ def run(data, **options):
     """Returns the state before, the states after each step, and their metrics; donated, as in training."""
     graphdef, abstract, init = plan_state(make_model, ADAM, make_mesh(MeshConfig(2, 4, 1, 1)), ema=True, **options)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step = make_train_step(graphdef, loss, ADAM, ema_decay=0.9)
+    step = make_train_step(graphdef, Keyed(loss), ADAM, ema_decay=0.9)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     state = init()
     states, metrics = [jax.device_get(state)], []
@@ -90,20 +91,26 @@ def test_a_finite_run_is_the_same_whatever_another_run_skips():
     assert [found["learning_rate"].item() for found in metrics] == pytest.approx([1e-2, 1e-2 / 2, 1e-2 / 3])
 
 
-def test_accumulated_steps_train_as_whole_batches_do():
+class Noisy:
+    """A loss whose noise is drawn for a whole batch."""
+
+    def draw(self, batch, key):
+        return jax.random.normal(key, batch["x"].shape)
+
+    def __call__(self, model, batch, noise):
+        return jnp.mean((model(batch["x"] + noise) - 1) ** 2), {}
+
+
+def test_accumulated_steps_train_as_whole_batches_do_noise_included():
     graphdef, _, init = plan_state(make_model, ADAM, make_mesh(MeshConfig(2, 2, 1, 2)), ema=True)
     ends = []
     for parts in (1, 2):
-        step = jax.jit(make_train_step(graphdef, without_noise, ADAM, ema_decay=0.9, accumulation_steps=parts))
+        step = jax.jit(make_train_step(graphdef, Noisy(), ADAM, ema_decay=0.9, accumulation_steps=parts))
         state = init()
         for batch in batches(3):
             state, _ = step(state, batch, jax.random.key(0))
         ends.append(jax.device_get(state.averaged_params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), *ends)
-
-
-def without_noise(model, batch, key):
-    return jnp.mean((model(batch["x"]) - 1) ** 2), {}
 
 
 def test_frozen_parameters_stay_and_have_neither_moments_nor_average():
@@ -132,7 +139,7 @@ def test_frozen_parameters_change_no_step_of_the_others():
 def test_no_gradient_is_computed_for_frozen_kernels():
     mesh = make_mesh(MeshConfig(8, 1, 1, 1))
     graphdef, abstract, _ = plan_state(make_model, ADAM, mesh, ema=False, frozen=lambda params: {("first", "kernel")})
-    step = make_train_step(graphdef, loss, ADAM, ema_decay=None)
+    step = make_train_step(graphdef, Keyed(loss), ADAM, ema_decay=None)
     jaxpr = jax.make_jaxpr(step)(abstract, next(batches(1)), jax.random.key(0))
     assert (5, 8) not in products(jaxpr.jaxpr)
     assert (8, 8) in products(jaxpr.jaxpr)  # of the stack, whose kernels learn
