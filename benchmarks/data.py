@@ -5,7 +5,7 @@
 
 Both cut the same frames out of the same clips and scale them alike, with as many ffmpeg processes at a time; by hand
 the pixels go to /dev/null, the loader's become batches. The second table is a loop whose steps take longer than the
-loader's batches: the time it waited for data.
+loader's batches, which come to it as in training, one of them ahead on the device: the time it waited for data.
 """
 
 import argparse
@@ -24,11 +24,13 @@ from opensora_jax.data.clip_source import ClipSource, read_scaled
 from opensora_jax.data.loader import LoaderConfig, make_loader
 from opensora_jax.data.media.ffmpeg_process import binary
 from opensora_jax.data.media.transforms import frame_start, resize_and_crop, target_fps
-from opensora_jax.data.media.video import SCALE_FLAGS
+from opensora_jax.data.media.video import PILLOWS_KERNEL, SCALE_FLAGS
 from opensora_jax.data.plan.buckets import Buckets
 from opensora_jax.data.plan.plan import Plan
 from opensora_jax.data.table.probing import describe
 from opensora_jax.data.table.records import SCHEMA
+from opensora_jax.parallel.batch import prefetch
+from opensora_jax.parallel.mesh import one_device
 
 FPS_MAX = 24
 
@@ -39,6 +41,14 @@ def make_videos(folder: Path, count: int) -> None:
         source = f"mandelbrot=size=1280x720:rate=24:start_scale={3 / (number + 1)},noise=alls=6:allf=t,format=yuv420p"
         command = ["-f", "lavfi", "-i", source, "-t", "4", "-c:v", "libx264", "-crf", "23", "-preset", "veryfast"]
         subprocess.run([binary(), "-v", "error", *command, str(folder / f"{number}.mp4")], check=True)
+
+
+def prepare(paths: list[Path]) -> tuple[pa.Table, Plan, ClipSource]:
+    """Returns the table of these clips, the plan of their only bucket, and what reads them."""
+    table = pa.Table.from_pylist([describe(str(path.absolute())) | {"text": ""} for path in paths], schema=SCHEMA)
+    buckets = Buckets({"256px_ar16:9": {33: (1.0, 8)}}, spatial_unit=16, fps_max=FPS_MAX)
+    plan = Plan(table, buckets, seed=0, data_shards=1, small_buckets="repeat")
+    return table, plan, ClipSource(table, read_scaled, fps_max=FPS_MAX, cache_bytes=0, max_bad_rate=0.0)
 
 
 def read_by_hand(table: pa.Table, row: int, seed: int, plan: Plan) -> None:
@@ -77,10 +87,11 @@ def by_loader(source: ClipSource, plan: Plan, steps: int, config: LoaderConfig) 
 
 def waits(source: ClipSource, plan: Plan, steps: int, config: LoaderConfig, step_seconds: float) -> list[float]:
     """Returns how long each step but the first waited for its batch, when each then takes `step_seconds`."""
-    found, loader = [], make_loader(plan, source, start_step=0, num_steps=steps, config=config)
+    loader = make_loader(plan, source, start_step=0, num_steps=steps, config=config)
+    found, placed = [], prefetch(loader, one_device())
     for _ in range(steps):
         before = time.perf_counter()
-        next(loader)
+        next(placed)
         found.append(time.perf_counter() - before)
         time.sleep(step_seconds)
     return found[1:]
@@ -97,14 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if given.videos is None:
             make_videos(Path(folder), 12)
-        rows = [
-            describe(str(path.absolute())) | {"text": ""}
-            for path in sorted((given.videos or Path(folder)).glob("*.mp4"))
-        ]
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
-        buckets = Buckets({"256px_ar16:9": {33: (1.0, 8)}}, spatial_unit=16, fps_max=FPS_MAX)
-        plan = Plan(table, buckets, seed=0, data_shards=1, small_buckets="repeat")
-        source = ClipSource(table, read_scaled, fps_max=FPS_MAX, cache_bytes=0, max_bad_rate=0.0)
+        table, plan, source = prepare(sorted((given.videos or Path(folder)).glob("*.mp4")))
         config = LoaderConfig(num_workers=given.threads, prefetch=2)
         speeds: tuple[list[float], list[float]] = ([], [])
         for _ in range(given.runs):

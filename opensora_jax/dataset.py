@@ -45,7 +45,8 @@ def meta(
     probes instead of worker processes.
     """
     records.check_suffix(output)  # before a long search
-    clips, repeats = sources.drop_repeats(sources.list_clips(source, split))
+    found = sources.list_clips(source, split)
+    clips, repeats = sources.drop_repeats(found.clips)
     if beam is None:
         run = functools.partial(probing.in_processes, num_workers=num_workers, fps=fps)
     else:
@@ -54,7 +55,7 @@ def meta(
             beam_probing.on_beam, folder=output.with_name(f"{output.name}.beam"), options=beam, fps=fps
         )
     table = survey.make_table(clips, output, run, num_workers, distrusted=fps is not None)
-    print(f"{output}:", "\n".join(survey.summary(table, repeats)))
+    print(f"{output}:", "\n".join(survey.summary(table, repeats, found.skipped)))
     print(f"next: name it in a config, --config.dataset.data_path={output}")
     return output.parent
 

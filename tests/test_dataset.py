@@ -13,11 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from opensora_jax import dataset
 from opensora_jax.config.errors import UserError
+from opensora_jax.data.clips import ClipDataset
+from opensora_jax.data.loader import make_loader
 from opensora_jax.data.media.ffmpeg_process import binary
+from opensora_jax.data.media.transforms import resize_and_crop
 from opensora_jax.data.media.video_writer import write_video
+from opensora_jax.data.plan.plan import Plan
 from opensora_jax.data.shards.shard_writer import write_shards
 from opensora_jax.data.table import records
 
@@ -28,6 +33,7 @@ USABLE = {  # name: frames, height, width
     "b.mp4": (5, 62, 38),
     "c.png": (1, 31, 47),
     "cut.mp4": (4, 34, 46),  # the end is missing; its index is at the front
+    "huge_in_words.mp4": (7, 34, 46),  # its container says 65535x65535
     "mp4_in.jpg": (7, 34, 46),
     "odd_size.mp4": (4, 31, 47),
     "one_frame.mp4": (1, 34, 46),
@@ -37,11 +43,13 @@ USABLE = {  # name: frames, height, width
 }
 BAD = {
     "empty.mp4": "the file is empty",
+    "fast.mp4": "more than a clip can have: fps 5",  # 50000
     "folder.mp4": "not a file",
     "garbled.png": "the video stream holds no frames",
     "headless.mp4": "ffmpeg: moov atom not found",
     "huge.png": "the video stream holds no frames",  # says that it has 10^6 x 10^6 pixels
     "list.mp4": "a list of files to play, not a video",
+    "long_in_words.mp4": "ffmpeg: error reading header",  # says that it has 2^31 frames
     "sound.mp4": "no video stream in the file",
     "words.mp4": "ffmpeg: ",
 }
@@ -79,6 +87,10 @@ def files(tmp_path_factory) -> Path:
     gap = "select='not(between(n,2,3))'"
     ffmpeg("-i", clip, "-vf", gap, "-fps_mode", "passthrough", folder / "variable.mp4")
     ffmpeg("-f", "lavfi", "-i", "sine=duration=0.2", folder / "sound.mp4")
+    ffmpeg("-r", "50000", "-i", clip, "-r", "50000", "-c:v", "libx264", folder / "fast.mp4")
+    shape = {b"tkhd": (76, b"\xff\xff\0\0" * 2), b"avc1": (24, b"\xff" * 4)}
+    (folder / "huge_in_words.mp4").write_bytes(patched(data, shape))
+    (folder / "long_in_words.mp4").write_bytes(patched(data, {b"stsz": (8, b"\x7f\xff\xff\xff")}))
     (folder / "empty.mp4").touch()
     (folder / "folder.mp4").mkdir()
     png = image.read_bytes()
@@ -88,6 +100,14 @@ def files(tmp_path_factory) -> Path:
     for name in ("words.mp4", "words.nfo"):
         (folder / name).write_text("no video at all\n" * 20)
     return folder
+
+
+def patched(data: bytes, changes: dict[bytes, tuple[int, bytes]]) -> bytes:
+    """Returns an MP4 with bytes changed in boxes: name -> (place after the name, what stands there)."""
+    for box, (place, new) in changes.items():
+        start = data.index(box) + len(box) + place
+        data = data[:start] + new + data[start + len(new) :]
+    return data
 
 
 def rows_of(table: Path) -> dict[str, dict]:
@@ -116,11 +136,54 @@ def test_meta_tells_usable_files_from_bad_ones(files, tmp_path, capfd):
     assert rows["b.mp4"]["fps"] == pytest.approx(29.97)
     printed, bar = capfd.readouterr()
     lines = printed.splitlines()
-    assert lines[0] == f"{tmp_path}/meta.parquet: 10 of 18 clips are usable: 7 videos, 3 images"
+    assert lines[0] == f"{tmp_path}/meta.parquet: 11 of 21 clips are usable: 8 videos, 3 images"
     assert f"       1 bad: the file is empty, first {files}/empty.mp4" in lines
     assert f"       1 with a variable frame rate, first {files}/variable.mp4" in lines
+    assert f"       1 skipped: not named as a video or an image, first {files}/words.nfo" in lines
     assert lines[-1] == f"next: name it in a config, --config.dataset.data_path={tmp_path}/meta.parquet"
-    assert "bad=8, ok=10" in bar
+    assert "bad=9, ok=12" in bar  # what is absurd is told from what was found
+
+
+def decoded_alone(path: Path, height: int, width: int) -> np.ndarray:
+    """Returns all frames of a file as ffmpeg gives them when it knows nothing but the path."""
+    line = [binary(), "-nostdin", "-loglevel", "fatal", "-i", str(path), "-fps_mode", "passthrough"]
+    raw = subprocess.run([*line, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, timeout=60).stdout
+    return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+
+
+def test_what_meta_calls_usable_the_loader_reads_as_what_it_is(files, tmp_path):
+    """An MP4 named .jpg, a PNG named .mp4, a video of one frame, odd sizes, a rotation, a gap, a missing end."""
+    dataset.meta(files, tmp_path / "meta.parquet", 2)
+    clips = ClipDataset(str(tmp_path / "meta.parquet"), 60.0, 2, "ffmpeg", cache_bytes=0, max_bad_rate=0.0)
+    table = clips.table()
+    source, buckets = clips.source(table), clips.buckets({"24px": {4: (1.0, 1), 1: (1.0, 1)}})
+    plan, seen = Plan(table, buckets, seed=0, data_shards=1), []
+    for batch in make_loader(plan, source, start_step=0, num_steps=len(plan)):
+        (row,), (video,) = batch["sample_id"], batch["video"]
+        path, height, width = (table[name][row].as_py() for name in ("path", "height", "width"))
+        size, (top, left, h, w) = resize_and_crop(height, width, video.shape[1:3], image=len(video) == 1)
+        frames = [Image.fromarray(one) for one in decoded_alone(Path(path), height, width)]
+        scaled = [np.asarray(one.resize(size[::-1], Image.Resampling.BICUBIC), np.float32) for one in frames]
+        expected = np.stack(scaled)[:, top : top + h, left : left + w]
+        nearest = np.abs(expected[None] - video[:, None]).mean((2, 3, 4)).min(1)
+        assert nearest.max() < 6, path  # colours are interpolated before or after; other frames are 20 apart
+        seen.append((Path(path).name, len(video)))
+    assert sorted(seen) == sorted((name, 4 if USABLE[name][0] > 1 else 1) for name in USABLE)
+    assert source.bad_clips == {}
+
+
+def test_a_folders_table_is_told_where_it_names_nothing(files, tmp_path, capsys):
+    os.link(files / "a.mp4", tmp_path / "a.mp4")
+    (tmp_path / "captions.csv").write_text("path,text\na.mp4,one\na.mp4,two\ngone.mp4,x\n")
+    (tmp_path / "b.heic").touch()
+    dataset.meta(tmp_path, tmp_path / "out" / "meta.parquet", 1)
+    assert [row["text"] for row in rows_of(tmp_path / "out" / "meta.parquet").values()] == ["one", "x"]
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        f"{tmp_path}/out/meta.parquet: 1 of 2 clips are usable: 1 videos, 0 images",
+        f"       1 bad: no such file, first {tmp_path}/gone.mp4",
+        f"       1 left out: the clip of an earlier row again, first {tmp_path}/a.mp4",
+        f"       1 skipped: not named as a video or an image, first {tmp_path}/b.heic",
+    ]
 
 
 def test_a_list_can_name_what_a_folder_would_not_show(files, tmp_path, capsys):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from tqdm import tqdm
 
 from opensora_jax.data.clip_source import RESIZE, Captions, ClipSource
@@ -117,7 +117,7 @@ def assigned_rows(table: pa.Table, buckets: Buckets, seed: int) -> list[tuple[Bu
 
 def read_once(
     source: ClipSource, rows: Sequence[tuple[Bucket, int]], batch_size: int, title: str
-) -> Iterator[tuple[Bucket, list[int], UInt8[np.ndarray, "B T H W 3"]]]:
+) -> Iterator[tuple[Bucket, list[int], Shaped[np.ndarray, "B T H W 3"]]]:
     """Yields (bucket, rows, clips) in order, each clip from the start that seed 0 draws.
 
     A short batch is filled up with copies of its last clip, so that one compiled program serves all. Clips that
@@ -129,7 +129,7 @@ def read_once(
 
 def read_batches(
     source: ClipSource, rows: Sequence[tuple[Bucket, int]], batch_size: int, bar: tqdm
-) -> Iterator[tuple[Bucket, list[int], UInt8[np.ndarray, "B T H W 3"]]]:
+) -> Iterator[tuple[Bucket, list[int], Shaped[np.ndarray, "B T H W 3"]]]:
     """Does as `read_once` under the progress bar of a larger piece of work."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for bucket, group in groupby(rows, key=lambda pair: pair[0]):
@@ -145,7 +145,7 @@ def read_batches(
                 bar.update(len(part))
 
 
-def _read(source: ClipSource, bucket: Bucket, row: int) -> UInt8[np.ndarray, "T H W 3"] | None:
+def _read(source: ClipSource, bucket: Bucket, row: int) -> Shaped[np.ndarray, "T H W 3"] | None:
     try:
         return source.read(row, bucket, 0)["video"]
     except VideoError as error:

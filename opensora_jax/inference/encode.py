@@ -1,5 +1,6 @@
 """Runs the frozen encoders over a data set once: latents and text embeddings to the cache that training reads."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from tqdm import tqdm
 
 from opensora_jax.data.cache.cache_key import Identity
 from opensora_jax.data.cache.latent_writer import LatentWriter
-from opensora_jax.data.cache.latents import CacheInfo, LatentCache
+from opensora_jax.data.cache.latents import CacheInfo, LatentCache, Origin
 from opensora_jax.data.clips import ClipDataset, assigned_rows
+from opensora_jax.data.plan.auto import with_ones
 from opensora_jax.data.plan.digests import column_digest, digest
 from opensora_jax.data.text import Texts, training_texts
 from opensora_jax.diffusion.conditions import visible_frames
@@ -31,7 +33,8 @@ from opensora_jax.inference.prompt import TextEncoderConfig, TextEncoders, encod
 from opensora_jax.models.codec import Codec
 from opensora_jax.parallel.distributed import DistributedConfig, connect
 from opensora_jax.parallel.mesh import this_process
-from opensora_jax.weights.pretrained import AUTOENCODERS, load, parse_dtype, parse_model
+from opensora_jax.weights.pretrained import AUTOENCODERS, SOURCE_FIELDS, load, parse_dtype, parse_model
+from opensora_jax.weights.stamp import file_stamps
 
 TEXTS_AT_ONCE = 32  # 256 MB of T5-XXL's embeddings in float32
 
@@ -93,19 +96,21 @@ def run(job: EncodeJob, host: Host | None = None) -> LatentCache | None:
     """
     connect(job.distributed)
     host, dataset, config = host or this_host(), job.dataset, job.encode
+    origin = Origin.of(with_ones(job.bucket_config), config.seed, stamps(job))
     table = dataset.table()
-    rows = assigned_rows(table, dataset.buckets(job.bucket_config), config.seed)
+    rows = assigned_rows(table, dataset.buckets(with_ones(job.bucket_config)), config.seed)
     texts = Texts.of(config.texts(table, dataset.fps_max), [row for _, row in rows])
     module, fields = parse_model(job.ae, AUTOENCODERS, "config.ae")
     check_sizes(nnx.eval_shape(lambda: module(fields, rngs=nnx.Rngs(0))), rows)
     dtype, mesh = parse_dtype(job.dtype), this_process()
     autoencoder = load(job.ae, AUTOENCODERS, "config.ae", dtype=dtype, mesh=mesh)
     identity = latents_identity(autoencoder, job.dtype, config, dataset, table, rows)
-    identity = _with_texts(identity, encoders_identity(job.t5, job.clip, dtype), texts, config)
-    if job.ends:
-        identity = Identity(identity.digests, identity.settings | {"images of condition_config": job.ends})
+    encoders_digest = encoders_identity(job.t5, job.clip, dtype)
+    digests = {"text encoders": encoders_digest, "captions": captions_digest(texts)}
+    ends = {"images of condition_config": job.ends} if job.ends else {}
+    identity = Identity(identity.digests | digests, identity.settings | text_settings(config) | ends)
     stored = (config.dtype or job.dtype, len(rows), config.shard_clips, len(texts.distinct), config.shard_texts)
-    writer = LatentWriter(job.latents, CacheInfo("dataset encode", identity, *stored))
+    writer = LatentWriter(job.latents, CacheInfo("dataset encode", identity, *stored, origin=origin))
     new = 0
     if missing(writer.texts, host)[0]:
         encoders = TextEncoders.load(job.t5, job.clip, dtype, mesh)
@@ -132,9 +137,30 @@ def write_texts(writer: LatentWriter, texts: Texts, encoders: TextEncoders, host
     return len(todo)
 
 
-def _with_texts(identity: Identity, encoders: str, texts: Texts, config: EncodeConfig) -> Identity:
-    captions = digest(column_digest(texts.distinct), texts.of_row[texts.of_row >= 0].astype("<i8").tobytes())
-    return Identity(
-        identity.digests | {"text encoders": encoders, "captions": captions},
-        identity.settings | {"encode.fps_suffix": config.fps_suffix, "encode.motion_score": config.motion_score},
-    )
+def captions_digest(texts: Texts) -> str:
+    """Returns the part of an identity that says which texts the rows have."""
+    return digest(column_digest(texts.distinct), texts.of_row[texts.of_row >= 0].astype("<i8").tobytes())
+
+
+def text_settings(config: EncodeConfig) -> dict[str, Any]:
+    """Returns the settings that decide what stands behind the captions."""
+    return {"encode.fps_suffix": config.fps_suffix, "encode.motion_score": config.motion_score}
+
+
+def stamps(job: EncodeJob) -> dict[str, str]:
+    """Returns what tells cheaply whether encoders have changed: a digest by the name of each that has weights here.
+
+    It covers names, sizes and times of files, and how they are read; a folder may be moved.
+    """
+    source = {name: job.ae[name] for name in SOURCE_FIELDS if name in job.ae and name != "from_pretrained"}
+    lengths = [job.t5.max_length, job.clip.max_length]
+    parts = {
+        "autoencoder weights": ([job.ae.get("from_pretrained")], source),
+        "text encoders": ([job.t5.from_pretrained, job.clip.from_pretrained], lengths),
+    }
+    found = {}
+    for name, (paths, more) in parts.items():
+        files = [file_stamps(path) if path else [] for path in paths]
+        if all(files):
+            found[name] = digest(json.dumps([files, more]))
+    return found

@@ -27,6 +27,7 @@ from opensora_jax.data.clips import ClipDataset, read_batches
 from opensora_jax.data.media.video import VideoError
 from opensora_jax.data.plan.buckets import Bucket
 from opensora_jax.models.codec import Codec
+from opensora_jax.models.sizes import check_gives_back
 from opensora_jax.weights.pretrained import fingerprint
 
 Rows = Sequence[tuple[Bucket, int]]
@@ -82,23 +83,33 @@ def latents_identity(
     autoencoder: Any, dtype: str, config: LatentConfig, dataset: ClipDataset, table: pa.Table, rows: Rows
 ) -> Identity:
     """Returns what the latents of these rows depend on."""
-    digests = {
-        "autoencoder weights": fingerprint(autoencoder),
-        "clips": clips_digest(table, [row for _, row in rows]),
-        "buckets": buckets_digest(rows),
-    }
-    settings = {"dtype": dtype, "autoencoder.type": type(autoencoder).__name__}
-    settings |= {f"autoencoder.{name}": value for name, value in asdict(autoencoder.config).items()}
+    digests = {"autoencoder weights": fingerprint(autoencoder)} | clip_digests(table, rows)
+    return Identity(digests, latent_settings(type(autoencoder), autoencoder.config, dtype, config, dataset))
+
+
+def clip_digests(table: pa.Table, rows: Rows) -> dict[str, str]:
+    """Returns the part of an identity that says which clips are brought to which shapes."""
+    return {"clips": clips_digest(table, [row for _, row in rows]), "buckets": buckets_digest(rows)}
+
+
+def latent_settings(
+    autoencoder: type, fields: Any, dtype: str, config: LatentConfig, dataset: ClipDataset
+) -> dict[str, Any]:
+    """Returns the settings that latents depend on, by their places in a config; `fields` are the autoencoder's own."""
+    settings = {"dtype": dtype, "autoencoder.type": autoencoder.__name__}
+    settings |= {f"autoencoder.{name}": value for name, value in asdict(fields).items()}
     settings |= {f"dataset.{name}": value for name, value in asdict(dataset).items() if name not in WITHOUT_EFFECT}
     settings |= {"encode.dtype": config.dtype or dtype, "encode.posterior": config.posterior}
-    return Identity(digests, settings | ({"encode.seed": config.seed} if config.posterior == "sample" else {}))
+    return settings | ({"encode.seed": config.seed} if config.posterior == "sample" else {})
 
 
-def check_sizes(autoencoder: Any, rows: Rows) -> None:
-    """Raises: UserError naming the first bucket whose clips the autoencoder cannot take."""
+def check_sizes(autoencoder: Any, rows: Rows, *, there_and_back: bool = False) -> None:
+    """Raises: UserError naming the first bucket whose clips the autoencoder cannot take, or not give back."""
     for bucket in dict.fromkeys(bucket for bucket, _ in rows):
         try:
             autoencoder.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+            if there_and_back:
+                check_gives_back(autoencoder, bucket.num_frames)
         except ValueError as error:
             raise UserError(f"config.bucket_config {bucket.resolution}, {bucket.num_frames} frames: {error}") from error
 
@@ -141,7 +152,7 @@ def finish(writer: LatentWriter, new_shards: int) -> LatentCache | None:
         return None
     writer.sweep()
     cache = LatentCache(writer.folder)
-    left_out = list(_by_reason(cache.left_out))
+    left_out = list(by_reason(cache.left_out))
     if not len(cache):
         raise UserError(f"none of the {writer.info.clips} clips could be encoded: {'; '.join(left_out)}")
     counts = f"{len(cache)} latents" + (f" and {writer.info.texts} texts" if writer.info.texts else "")
@@ -185,7 +196,7 @@ def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _by_reason(left_out: list[tuple[str, str]]) -> Iterator[str]:
+def by_reason(left_out: Sequence[tuple[str, str]]) -> Iterator[str]:
     """Yields a line for each of the most frequent reasons."""
     counts = Counter(reason for _, reason in left_out)
     for reason, count in counts.most_common(REASONS_SHOWN):

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from opensora_jax.config.files import write_json
 from opensora_jax.data.media import video, video_writer
 from opensora_jax.inference.request import Request
+from opensora_jax.weights.stamp import file_stamps, newest_step
 
 Frames = UInt8[np.ndarray, "T H W 3"]
 
@@ -26,12 +27,9 @@ def weights_identity(path: str | Path) -> str:
     statistics beside an autoencoder are. A path that does not exist has an identity too: loading is what
     refuses it.
     """
-    root = _newest_step(Path(path))
-    files = sorted(root.rglob("*")) if root.is_dir() else [root]
-    stats = [(str(file.relative_to(root)), file.stat()) for file in files if file.is_file()]
     statistics = Path(path) / "latent.json"
     latent = statistics.read_text() if statistics.is_file() else None
-    return _digest([str(root.absolute()), latent, [(name, s.st_size, s.st_mtime_ns) for name, s in stats]])
+    return _digest([str(newest_step(Path(path)).absolute()), latent, file_stamps(path)])
 
 
 def request_key(request: Request, settings: Any) -> str:
@@ -52,11 +50,26 @@ def find(folder: Path, stem: str, key: str) -> dict | None:
 def save(folder: Path, stem: str, frames: Frames, fps: float, record: dict) -> dict:
     """Writes the video (a single frame as .png), then its record, and returns the record."""
     sidecar = folder / f"{stem}.json"
-    sidecar.unlink(missing_ok=True)
+    for stale in sidecar, _note(folder, stem):
+        stale.unlink(missing_ok=True)
     file = video_writer.write_video(folder / f"{stem}.mp4", frames, fps)
     record = {"file": file.name, **record}
     write_json(sidecar, record)
     return record
+
+
+def leave_out(folder: Path, stem: str, reason: str, key: str) -> None:
+    """Notes why there is no video, for whoever counts those that there are."""
+    write_json(_note(folder, stem), {"key": key, "reason": reason})
+
+
+def why_left_out(folder: Path, stem: str, key: str) -> str | None:
+    """Returns what `leave_out` noted with the same key, else None."""
+    try:
+        note = json.loads(_note(folder, stem).read_text())
+    except (OSError, ValueError):
+        return None
+    return note["reason"] if note["key"] == key else None
 
 
 def read(path: Path) -> Frames:
@@ -65,9 +78,8 @@ def read(path: Path) -> Frames:
     return video.read_frames(path, info, picks=np.arange(info.num_frames))
 
 
-def _newest_step(path: Path) -> Path:
-    steps = [step for step in path.glob("checkpoints/*") if step.name.isdigit()]
-    return max(steps, key=lambda step: int(step.name), default=path)
+def _note(folder: Path, stem: str) -> Path:
+    return folder / f"{stem}.left_out.json"
 
 
 def _digest(value: Any) -> str:

@@ -6,11 +6,13 @@ import pytest
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.data.clip_source import Captions, ClipSource, read_original, read_scaled
-from opensora_jax.data.clips import ClipDataset
+from opensora_jax.data.clips import ClipDataset, assigned_rows, read_once
 from opensora_jax.data.media.transforms import original_pixels
 from opensora_jax.data.media.video import VideoError, VideoInfo, read_frames
 from opensora_jax.data.media.video_writer import write_video
-from opensora_jax.data.plan.buckets import Bucket
+from opensora_jax.data.plan.buckets import Bucket, Buckets
+from opensora_jax.data.plan.plan import Plan
+from opensora_jax.data.table import records
 from tests.data.plans import COUNT, batches, clip_table, make_plan
 
 BUCKET = Bucket("48px", "1:1", 9, 48, 48, 1)
@@ -88,6 +90,26 @@ def test_real_files_become_clips_and_a_broken_one_is_replaced(tmp_path):
         brightness = batch["video"].mean(axis=(1, 2, 3, 4))
         np.testing.assert_allclose(brightness, 40 * (batch["sample_id"] + 1), atol=3)
     assert list(source.bad_clips) == [paths[4]]
+
+
+def test_images_that_are_gone_or_a_url_are_replaced_in_training_and_left_out_of_a_cache(tmp_path):
+    stills = [np.full((1, 48, 60, 3), 40 * (i + 1), np.uint8) for i in range(5)]
+    paths = [str(write_video(tmp_path / f"{i}.png", still, 1)) for i, still in enumerate(stills)]
+    (tmp_path / "3.png").unlink()
+    paths[4] = "https://x.org/4.png"
+    table = clip_table(paths=paths, frames=(1, 1))
+    table = records.with_column(table, "fps", pa.array([float("nan")] * 5))
+    bad = {paths[3]: "no such file", paths[4]: "a URL, not a file: download it first"}
+    buckets = Buckets({"48px_ar1:1": {1: (1.0, 2)}}, spatial_unit=16, fps_max=24)
+    plan, source = Plan(table, buckets, seed=3, data_shards=1), clip_source(table)
+    found = batches(plan, source, count=8)
+    assert {row for batch in found for row in batch["sample_id"].tolist()} == {0, 1, 2}
+    assert sum(batch["replaced"].sum() for batch in found) > 0
+    assert source.bad_clips == bad
+    source = clip_source(table)
+    left = [ids for _, ids, _ in read_once(source, assigned_rows(table, buckets, 0), 2, "encode")]
+    assert left == [[0, 1], [2]]
+    assert source.bad_clips == bad
 
 
 def test_what_is_read_does_not_depend_on_what_was_read_before(decoder):

@@ -39,8 +39,14 @@ class Autoencoder(nnx.Module):
     def latent_shape(self, frames, height, width):
         return (frames - 1) // 4 + 1, height // 4, width // 4
 
+    def gives_back(self, frames):
+        return frames % 4 == 1
+
     def encode(self, video):
         return self.gain[...] * video[:, ::4, ::4, ::4]
+
+    def unscaled(self, video):
+        return self.encode(video)
 
     def decode(self, latent):
         frames = jnp.repeat(latent, 4, axis=1)[:, 3:]

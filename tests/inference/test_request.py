@@ -39,6 +39,9 @@ class Autoencoder:
             raise ValueError(f"1 + 4 n frames: got {frames}. Use 9 or 13.")
         return (frames - 1) // 4 + 1, height // 8, width // 8
 
+    def gives_back(self, frames):
+        return frames % 4 == 1 and frames != 13
+
 
 def test_latents_have_the_shape_that_the_autoencoder_says():
     assert latent_shape(OPTION, "t2v", Autoencoder(), patch_size=2) == (3, 6, 10)
@@ -84,6 +87,12 @@ def test_a_size_off_the_grid_is_refused_with_its_neighbours():
 def test_a_frame_count_the_autoencoder_cannot_take_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"num_frames.*got 10. Use 9 or 13"):
         latent_shape(replace(OPTION, num_frames=10), "t2v", Autoencoder(), patch_size=2)
+
+
+def test_frames_that_decoding_does_not_give_back_are_refused_with_the_nearest_that_it_does():
+    assert latent_shape(replace(OPTION, num_frames=17), "t2v", Autoencoder(), patch_size=2) == (5, 6, 10)
+    with pytest.raises(UserError, match=r"num_frames.*fewer than 13 frames: use 9 or 17"):
+        latent_shape(replace(OPTION, num_frames=13), "t2v", Autoencoder(), patch_size=2)
 
 
 def test_a_video_too_short_for_its_condition_is_refused():

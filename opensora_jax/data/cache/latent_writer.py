@@ -5,17 +5,23 @@ A folder with the shards of other weights, settings, captions or clips is refuse
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from opensora_jax.config.errors import UserError
 from opensora_jax.config.files import sweep
 from opensora_jax.data.cache.array_shards import ShardWriter
-from opensora_jax.data.cache.latents import BUCKET_FIELDS, INDEX_SCHEMA, NO_TEXT, TEXT_SCHEMA, CacheInfo
+from opensora_jax.data.cache.latents import (
+    BUCKET_FIELDS,
+    INDEX_SCHEMA,
+    NO_TEXT,
+    TEXT_SCHEMA,
+    CacheInfo,
+    other_things,
+)
 from opensora_jax.data.plan.buckets import Bucket
 
 
@@ -31,12 +37,9 @@ class LatentWriter:
         found = CacheInfo.read(self.folder)
         if found and found.identity != info.identity:
             if any(self.folder.glob("*.parquet")):
-                raise UserError(
-                    f"{folder} is made of other things: {found.identity.differences(info.identity)}; "
-                    f"delete it and run `{info.command}` again, or give another folder"
-                )
+                raise other_things(self.folder, found.identity.differences(info.identity), info.command)
             found = None
-        self.info = found or info
+        self.info = replace(found, origin=info.origin) if found else info
         self.latents, self.texts = self.info.shards(self.folder)
         self._shapes: dict[Any, tuple[int, ...]] = {}
 

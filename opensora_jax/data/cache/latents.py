@@ -7,7 +7,7 @@ complete when all its shards are, so that processes which share the work need no
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from opensora_jax.config.files import write_json
 from opensora_jax.data.cache.array_shards import ArrayReader, ArrayShards, ShardInfo
 from opensora_jax.data.cache.cache_key import Identity
 from opensora_jax.data.plan.buckets import Assignment, Bucket
-from opensora_jax.data.plan.fit import Table
+from opensora_jax.data.plan.fit import Table, parse_line
 from opensora_jax.data.plan.reasons import EmptyLine, Unassigned
 from opensora_jax.data.shards.record_files import RecordError
 
@@ -45,6 +45,33 @@ TEXT_SCHEMA = pa.schema([("text", pa.large_string())])
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What lets training see whether a cache is still that of a config, without running the encoders.
+
+    Lines of the bucket_config that chose the rows, each [resolution, frames, line], and the seed that did; stamps of
+    the encoders' weights by the names of their digests. All is empty in caches of earlier versions.
+    """
+
+    lines: list[list[Any]] = field(default_factory=list)
+    seed: int = 0
+    stamps: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, bucket_config: Mapping[str, Any], seed: int, stamps: Mapping[str, str]) -> "Origin":
+        """Returns what is read back from a file: tuples are lists there."""
+        lines = [(name, frames, line) for name, some in bucket_config.items() for frames, line in some.items()]
+        return cls(json.loads(json.dumps(lines)), seed, dict(stamps))
+
+    @property
+    def bucket_config(self) -> dict[str, dict[int, Any]]:
+        """The lines as a config has them."""
+        found: dict[str, dict[int, Any]] = {}
+        for name, frames, line in self.lines:
+            found.setdefault(name, {})[frames] = line
+        return found
+
+
+@dataclass(frozen=True)
 class CacheInfo:
     """What cache.json says; `command` is the one that makes the cache, `texts` is 0 for latents alone."""
 
@@ -55,6 +82,7 @@ class CacheInfo:
     shard_clips: int
     texts: int
     shard_texts: int
+    origin: Origin = Origin()
 
     def shards(self, folder: Path) -> tuple[ArrayShards, ArrayShards]:
         """Returns the shards of the latents and those of the texts."""
@@ -80,8 +108,15 @@ class CacheInfo:
             raise UserError(f"{folder}/cache.json is damaged ({error}); delete {folder} and encode again") from None
         if found["version"] != VERSION:
             raise UserError(f"{folder} has cache version {found['version']}, not {VERSION}; delete it and encode again")
-        fields = {name: found[name] for name in cls.__dataclass_fields__}
-        return cls(**fields | {"identity": Identity(**found["identity"])})
+        parts: dict[str, Any] = {"identity": Identity(**found["identity"]), "origin": Origin(**found.get("origin", {}))}
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name not in parts}, **parts)
+
+
+def other_things(folder: Path, differences: str, command: str) -> UserError:
+    """Returns the error for a cache that is not what is asked for."""
+    return UserError(
+        f"{folder} is made of other things: {differences}; delete it and run `{command}` again, or give another folder"
+    )
 
 
 class LatentCache:
@@ -157,12 +192,12 @@ class LatentCache:
 class CachedBuckets:
     """Sorts the rows of `LatentCache.index` for a Plan; only the batch sizes come from bucket_config.
 
-    Probabilities do nothing here: they chose the rows when the cache was made.
+    Probabilities do nothing here: they chose the rows when the cache was made. Raises UserError.
     """
 
     def __init__(self, bucket_config: Mapping[str, Any]):
         self.batch_sizes = {
-            (resolution, frames): line[1]
+            (resolution, frames): parse_line(resolution, frames, line)[2]
             for resolution, lines in bucket_config.items()
             for frames, line in lines.items()
         }

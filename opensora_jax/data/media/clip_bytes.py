@@ -1,6 +1,7 @@
-"""Clips that are no files: encoded bytes out of a shard, and videos stored as a list of encoded stills.
+"""Clips that ffmpeg cannot be given by their path: encoded bytes out of a shard, lists of stills, patterns of names.
 
-ffmpeg must seek, which a pipe cannot, so bytes are given to it as a file in memory that has a path.
+ffmpeg must seek, which a pipe cannot, so bytes are given to it as a file in memory that has a path. A file whose name
+it would take for a pattern (`a%d.png`: all of a0.png, a1.png, ...) gets another one by a link.
 """
 
 import os
@@ -22,11 +23,25 @@ Clip = str | Path | bytes | Stills
 
 
 @contextmanager
-def as_file(data: bytes) -> Iterator[str]:
-    """Yields the path of a file with these bytes, in memory where the system can, for the time of the context.
+def as_file(clip: str | Path | bytes) -> Iterator[str]:
+    """Yields a path that means these bytes or this file and no other, for the time of the context.
 
-    The path is good for other processes of the user too.
+    Bytes are a file in memory where the system can. The path is good for other processes of the user too.
     """
+    if isinstance(clip, bytes):
+        with _bytes_as_file(clip) as path:
+            yield path
+    elif "%" in (path := os.path.abspath(clip)):
+        with tempfile.TemporaryDirectory() as folder:
+            link = os.path.join(folder, f"clip{os.path.splitext(path)[1].replace('%', '')}")
+            os.symlink(path, link)
+            yield link
+    else:
+        yield path
+
+
+@contextmanager
+def _bytes_as_file(data: bytes) -> Iterator[str]:
     if hasattr(os, "memfd_create"):
         with open(os.memfd_create("clip"), "wb") as file:
             file.write(data)

@@ -18,6 +18,7 @@ import numpy as np
 from opensora_jax.config.errors import UserError
 
 TIMEOUT_SECONDS = 120
+ATTEMPTS = 3  # of a run that a signal ended
 
 
 class VideoError(Exception):
@@ -30,10 +31,22 @@ def source(path: str | Path, **options: Any) -> Any:
 
 
 def run(graph: Any, loglevel: str, frames: np.ndarray | None = None) -> tuple[int, bytes, str]:
-    """Returns (exit status, standard output, log); the log's lines carry their level in brackets."""
+    """Returns (exit status, standard output, log); the log's lines carry their level in brackets.
+
+    A scheduler that stops a job may send its signal to ffmpeg as well: then it runs once more, so that a clip is not
+    taken for a bad one because of when it was read.
+    """
     graph = graph.global_args("-nostdin", "-hide_banner", "-nostats", "-loglevel", f"level+{loglevel}")
     pipes = {"pipe_stdin": frames is not None, "pipe_stdout": True, "pipe_stderr": True}
     data = None if frames is None else np.ascontiguousarray(frames).data.cast("B")
+    for _ in range(ATTEMPTS):
+        status, out, log = _run_once(graph, pipes, data)
+        if status >= 0 and status != 255:  # what ffmpeg ends with after a signal that it handles
+            break
+    return status, out, log.decode("utf-8", "replace")
+
+
+def _run_once(graph: Any, pipes: dict[str, bool], data: memoryview | None) -> tuple[int, bytes, bytes]:
     with ffmpeg.run_async(graph, binary(), overwrite_output=True, **pipes) as process:
         try:
             out, log = process.communicate(data, timeout=TIMEOUT_SECONDS)
@@ -43,7 +56,7 @@ def run(graph: Any, loglevel: str, frames: np.ndarray | None = None) -> tuple[in
         except BaseException:
             process.kill()
             raise
-    return process.returncode, out, log.decode("utf-8", "replace")
+    return process.returncode, out, log
 
 
 def reason(log: str) -> str:

@@ -52,7 +52,8 @@ def target_fps(fps: float | int, fps_max: float | int) -> tuple[float | int, int
 def frame_intervals(fps: Float[np.ndarray, " N"], fps_max: float | int) -> Int[np.ndarray, " N"]:
     """Returns the second value of `target_fps` for a whole column."""
     thinned = np.isfinite(fps) & (fps >= fps_max)
-    return np.where(thinned, np.ceil(np.where(thinned, fps, fps_max) / fps_max), 1).astype(np.int64)
+    intervals = np.ceil(np.where(thinned, fps, fps_max) / fps_max)
+    return np.where(thinned, np.minimum(intervals, 2.0**62), 1).astype(np.int64)  # rows that are bad have any rate
 
 
 def frame_start(total: int, count: int, interval: int, seed: int | np.integer) -> int:

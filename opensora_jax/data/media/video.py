@@ -3,8 +3,10 @@
 ffprobe is not needed: the `framecrc` muxer lists every packet of a stream without decoding it.
 """
 
+import math
 import os
 import re
+import stat
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +26,8 @@ WRONG_SHAPE = "Invalid too big or non positive size"  # ffmpeg's words when its 
 SEEK_LEAD = 0.4  # frames: less than half, which rounds either way where a container counts time in frames (AVI),
 SEEK_MARGIN = 0.3  # and times after a seek are then either 0.4 frames past a whole number or a hair around it
 REORDERED_FRAMES = 16  # at most so many frames are shown before a key frame that comes before them in the file
+KEY_FRAME_GAP = 512  # frames: twice what encoders leave between key frames; MPEG-TS is decoded from the next one on
+DELAY_FRAMES = 0.1  # a picture that starts so much after its sound is sought again: SEEK_MARGIN has room for less
 DECODING: dict[str, Any] = {"threads": 1, "fflags": "+discardcorrupt"}  # probe does not count these either
 NO_CLIPS = {  # ffmpeg's formats that show letters as a picture, or play other files
     **dict.fromkeys(("tty", "bin", "xbin", "adf", "idf"), "text, not a video"),
@@ -56,26 +60,9 @@ def probe(clip: Clip, *, fps: float | int | None = None) -> VideoInfo:
     """
     if isinstance(clip, Stills):
         return _probe_stills(clip, fps)
-    if isinstance(clip, bytes):
-        with as_file(clip) as path:
-            return probe(path)
-    if "://" in str(clip):
-        raise VideoError("a URL, not a file: download it first")
-    if not os.path.isfile(clip):
-        raise VideoError("not a file" if os.path.exists(clip) else "no such file")
-    if not os.path.getsize(clip):
-        raise VideoError("the file is empty")
-    packets = source(clip, threads=1)["V:0"].output("pipe:", codec="copy", format="framecrc")
-    status, out, log = run(packets, "info")
-    if "matches no streams" in log:
-        raise VideoError("no video stream in the file")
-    if status:
-        raise VideoError(reason(log))
-    form = re.search(r"^\[info\] Input #0, (\w+)", log, re.MULTILINE)
-    if form and form[1] in NO_CLIPS:
-        raise VideoError(NO_CLIPS[form[1]])
-    info = _parse_packets(out.decode("ascii", "replace"), log)
-    return info if info.num_frames > 1 else _decoded(clip, info)
+    _check(clip)
+    with as_file(clip) as path:
+        return _probe_file(path)
 
 
 def read_frames(
@@ -91,8 +78,7 @@ def read_frames(
     None stands for the frames' own size, and for no cut. Rotation is applied first. Variable-rate files are
     read on a uniform grid of `info.fps`: at each of its times the newest frame, one that comes within half a
     grid step included. Scaling is bicubic with antialiasing, in the ffmpeg graph, so that only the wanted pixels
-    pass the pipe. Decoding ends with the last pick. Where sound starts half a frame or more before the picture,
-    frames are that much early.
+    pass the pipe. Decoding ends with the last pick. Where sound starts before the picture it takes two runs of ffmpeg.
     Raises VideoError if the file has fewer frames or ones of another shape, is damaged among them (or just
     after: the decoder runs ahead), or takes over TIMEOUT_SECONDS.
     """
@@ -102,66 +88,98 @@ def read_frames(
         raise VideoError(f"frames {picks[0]} to {picks[-1]} wanted, the file has {info.num_frames}")
     if isinstance(clip, Stills):
         clip, picks = clip.joined(picks.tolist()), np.arange(len(picks))
-    if isinstance(clip, bytes):
-        with as_file(clip) as path:
-            return read_frames(path, info, picks=picks, size=size, crop=crop)
     size = size or (info.height, info.width)
-    crop = crop or (0, 0, *size)
-    frame_bytes = crop[2] * crop[3] * 3
-    for first in dict.fromkeys((int(picks[0]), max(0, int(picks[0]) - REORDERED_FRAMES))):
-        graph = _clip_graph(clip, info, picks, first, size, crop).global_args("-xerror")
-        status, out, log = run(graph, "error")
-        if not status and len(out) == len(picks) * frame_bytes:
-            return np.frombuffer(out, np.uint8).reshape(len(picks), crop[2], crop[3], 3)
-    if WRONG_SHAPE in log:
-        raise VideoError(f"its frames have not the shape {info.height}x{info.width} of its row: probe it again")
+    _check(clip)
+    with as_file(clip) as path:
+        return _read_file(path, _Wanted(info, picks, size, crop or (0, 0, *size)))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The arguments of `read_frames`."""
+
+    info: VideoInfo
+    picks: Int[np.ndarray, " T"]
+    size: tuple[int, int]
+    crop: tuple[int, int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """That of the result."""
+        return len(self.picks), self.crop[2], self.crop[3], 3
+
+
+def _read_file(path: str, wanted: _Wanted) -> UInt8[np.ndarray, "T H W 3"]:
+    """Does as `read_frames`, decoding from further and further before the first pick on until all frames are there."""
+    info, first, delay = wanted.info, int(wanted.picks[0]), 0.0
+    starts = list(dict.fromkeys(max(0, first - lead) for lead in (0, REORDERED_FRAMES, KEY_FRAME_GAP, first)))
+    while starts:
+        status, out, log = run(_clip_graph(path, wanted, starts[0], delay).global_args("-xerror"), "info")
+        if starts[0] and not delay and _delay(log) * info.fps > DELAY_FRAMES:
+            delay = _delay(log)
+            continue
+        if not status and len(out) == math.prod(wanted.shape):
+            return np.frombuffer(out, np.uint8).reshape(wanted.shape)
+        if WRONG_SHAPE in log:
+            raise VideoError(f"its frames have not the shape {info.height}x{info.width} of its row: probe it again")
+        del starts[0]
     if status:
         raise VideoError(reason(log))
-    raise VideoError(f"{len(picks)} frames wanted from frame {picks[0]}, {len(out) // frame_bytes} decoded")
+    decoded = len(out) // math.prod(wanted.shape[1:])
+    raise VideoError(f"{len(wanted.picks)} frames wanted from frame {first}, {decoded} decoded")
 
 
-def _clip_graph(
-    path: str | Path,
-    info: VideoInfo,
-    picks: np.ndarray,
-    first: int,
-    size: tuple[int, int],
-    crop: tuple[int, int, int, int],
-) -> Any:
-    """Frames from `first` on -> picks -> check of the shape -> scale -> crop."""
+def _delay(log: str) -> float:
+    """Returns the seconds from the start of a file, which is that of its sound if it comes first, to the picture's."""
+    listing = log.partition("Output #0")[0]
+    file = re.search(r"^\[info\] +Duration: .*, start: (-?[\d.]+)", listing, re.MULTILINE)
+    streams = re.findall(r"^\[info\] +Stream #0:\d+.*: Video: (?!.*\(attached pic\))(.*)", listing, re.MULTILINE)
+    if not file or not streams:
+        return 0.0
+    picture = re.search(r", start (-?[\d.]+)", streams[0])  # not told where it is 0
+    return max(0.0, float(picture[1] if picture else 0) - float(file[1]))
+
+
+def _clip_graph(path: str, wanted: _Wanted, first: int, delay: float) -> Any:
+    """Frames from `first` on -> picks -> check of the shape -> scale -> crop; the picture starts after `delay` s."""
+    info, size, crop = wanted.info, wanted.size, wanted.crop
+    number = f"floor(t*{info.fps:.9f}+{SEEK_MARGIN})"
     if info.variable_fps:
         first = max(0, first - REORDERED_FRAMES)
-        video, number = _on_a_grid(path, info, first), "n"
+        video = _on_a_grid(path, info, first, delay)
     elif first:
-        video, number = _from(path, info, first, int(picks[-1])), f"floor(t*{info.fps:.9f}+{SEEK_MARGIN})"
+        video = _from(path, info, first, int(wanted.picks[-1]), delay)
     else:
         video, number = source(path, **DECODING, **(_strict(path) if info.num_frames == 1 else {}))["V:0"], "n"
-    video = video.filter("select", f"st(0,{number});{_selection(picks - first)}")
+    video = video.filter("select", f"st(0,{number});{_selection(wanted.picks - first)}")
     shaped = f"lt(abs(iw/ih*{info.height / info.width:.9f}-1),{SHAPE_SLACK})"
     video = video.filter("crop", w=f"if({shaped},iw,-1)", h="ih", x=0, y=0, exact=1)  # -1 ends ffmpeg
     video = video.filter("scale", size[1], size[0], flags=SCALE_FLAGS, **PILLOWS_KERNEL).filter("format", "rgb24")
     video = video.filter("crop", crop[3], crop[2], crop[1], crop[0])
-    output = {"frames:v": len(picks), "fps_mode": "passthrough"}
+    output = {"frames:v": len(wanted.picks), "fps_mode": "passthrough"}
     return video.output("pipe:", format="rawvideo", pix_fmt="rgb24", **output)
 
 
-def _from(path: str | Path, info: VideoInfo, first: int, last: int) -> Any:
+def _from(path: str, info: VideoInfo, first: int, last: int, delay: float) -> Any:
     """Returns the video from a little before `first`, safe from rounding, to `last`.
 
     The decoder can lack frames that are shown before the key frame it starts at. So frames after a seek are told
     by their time: a missing one is missed then, and no search for it runs to the end of the file.
     """
-    video = source(path, **DECODING, ss=f"{(first - SEEK_LEAD) / info.fps:.6f}")["V:0"]
+    video = source(path, **DECODING, ss=f"{(first - SEEK_LEAD) / info.fps + delay:.6f}")["V:0"]
     return video.filter("trim", end=f"{(last - first + 1) / info.fps:.6f}")
 
 
-def _on_a_grid(path: str | Path, info: VideoInfo, first: int) -> Any:
-    """Returns a variable-rate video on its uniform grid from `first` on.
+def _on_a_grid(path: str, info: VideoInfo, first: int, delay: float) -> Any:
+    """Returns a variable-rate video on its uniform grid, from `first` at time 0 on or earlier.
 
-    It is decoded from a key frame on: the grid shows a frame until the next one comes, which may take long.
+    It is decoded from a key frame on: the grid shows a frame until the next one comes, which may take long. Where the
+    decoder starts too late (see `_from`), the grid does too.
     """
-    seek = {"ss": f"{first / info.fps:.6f}", "noaccurate_seek": None} if first else {}
-    grid = {"fps": f"{info.fps:.9f}", "start_time": 0, "round": "near", "eof_action": "pass"}
+    grid = {"fps": f"{info.fps:.9f}", "round": "near", "eof_action": "pass"}
+    if not first:
+        return source(path, **DECODING)["V:0"].filter("setpts", "PTS-STARTPTS").filter("fps", **grid)
+    seek = {"ss": f"{first / info.fps + delay:.6f}", "noaccurate_seek": None}
     return source(path, **DECODING, **seek)["V:0"].filter("fps", **grid)
 
 
@@ -175,6 +193,20 @@ def _selection(numbers: Int[np.ndarray, " T"]) -> str:
         terms.append(f"between(ld(0),{numbers[first]},{numbers[last]})*not(mod(ld(0)-{numbers[first]},{step}))")
         first = last + 1
     return "+".join(terms)
+
+
+def _probe_file(path: str) -> VideoInfo:
+    packets = source(path, threads=1)["V:0"].output("pipe:", codec="copy", format="framecrc")
+    status, out, log = run(packets, "info")
+    if "matches no streams" in log:
+        raise VideoError("no video stream in the file")
+    if status:
+        raise VideoError(reason(log))
+    form = re.search(r"^\[info\] Input #0, (\w+)", log, re.MULTILINE)
+    if form and form[1] in NO_CLIPS:
+        raise VideoError(NO_CLIPS[form[1]])
+    info = _parse_packets(out.decode("ascii", "replace"), log)
+    return info if info.num_frames > 1 else _decoded(path, info)
 
 
 def _parse_packets(listing: str, log: str) -> VideoInfo:
@@ -210,9 +242,9 @@ def _probe_stills(stills: Stills, fps: float | int | None) -> VideoInfo:
     return replace(first, num_frames=len(stills), fps=float(fps))
 
 
-def _decoded(clip: str | Path, info: VideoInfo) -> VideoInfo:
+def _decoded(path: str, info: VideoInfo) -> VideoInfo:
     """Returns the facts of an image with the size of its pixels: a rotation may stand inside the frame (Exif)."""
-    graph = source(clip, **DECODING, **_strict(clip))["V:0"].output("pipe:", format="framecrc").global_args("-xerror")
+    graph = source(path, **DECODING, **_strict(path))["V:0"].output("pipe:", format="framecrc").global_args("-xerror")
     status, out, log = run(graph, "error")
     size = re.search(rb"^#dimensions 0: (\d+)x(\d+)", out, re.MULTILINE)
     if status or not size:
@@ -220,13 +252,34 @@ def _decoded(clip: str | Path, info: VideoInfo) -> VideoInfo:
     return replace(info, height=int(size[2]), width=int(size[1]))
 
 
-def _strict(path: str | Path) -> dict[str, Any]:
+def _check(clip: str | Path | bytes) -> None:
+    """Raises VideoError unless there is a file, or bytes, with something in it."""
+    if isinstance(clip, bytes):
+        size = len(clip)
+    elif "://" in str(clip):
+        raise VideoError("a URL, not a file: download it first")
+    else:
+        try:
+            found = os.stat(clip)
+        except (OSError, ValueError):  # ValueError: a zero byte in the name
+            raise VideoError("no such file") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise VideoError("not a file")
+        size = found.st_size
+    if not size:
+        raise VideoError("the file is empty")
+
+
+def _strict(path: str) -> dict[str, Any]:
     """Returns what ends ffmpeg at the first error: else half a JPEG counts as a whole one.
 
     Not so for TIFF, where a tag that ffmpeg does not know is an error to it.
     """
-    with open(path, "rb") as file:
-        return {} if file.read(4) in TIFF else {"err_detect": "explode"}
+    try:
+        with open(path, "rb") as file:
+            return {} if file.read(4) in TIFF else {"err_detect": "explode"}
+    except OSError as error:
+        raise VideoError(f"cannot be opened: {error.strerror}") from None
 
 
 def _flags(row: list[str]) -> int:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.data.media.transforms import frame_intervals
+from opensora_jax.data.plan.auto import AUTO
 
 LEAST_SIZE = 0.8  # a frame may be scaled up a little: to a bucket of at most 1 / 0.8 times its pixels
 
@@ -89,6 +90,8 @@ def parse_line(resolution: str, frames: Any, line: Any) -> tuple[float | int, fl
         raise UserError(f"{where}: probabilities lie between 0 and 1: got {chances!r}")
     if skip is not None and frames == 1:
         raise UserError(f"{where}: images have no fewer frames to go on to; write (keep, batch size)")
+    if batch_size == AUTO:
+        raise UserError(f'{where}: the batch size "{AUTO}" is for `train`; give a whole number here')
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"{where}: the batch size is a whole number of at least 1: got {batch_size!r}")
     return keep, skip, batch_size

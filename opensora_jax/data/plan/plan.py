@@ -47,13 +47,22 @@ class Plan:
 
     A sample can come twice in the one batch that spans two epochs. A bucket with fewer samples than its batch
     is an error that names it, unless `small_buckets` is "drop", or "repeat" (its batches then hold samples
-    several times); so is a line of bucket_config that no sample reaches, unless it is "drop".
+    several times); so is a line of bucket_config that no sample reaches, unless it is "drop" or `allow_empty`.
 
     `hash` tells another plan: it covers all buckets, seed, data shards, small_buckets, and of every row its
     bucket and its clip, named from the folder of all clips on (which may be moved), in their order.
     """
 
-    def __init__(self, table: Table, buckets: Assigner, *, seed: int, data_shards: int, small_buckets: str = "error"):
+    def __init__(
+        self,
+        table: Table,
+        buckets: Assigner,
+        *,
+        seed: int,
+        data_shards: int,
+        small_buckets: str = "error",
+        allow_empty: bool = False,
+    ):
         if small_buckets not in SMALL_BUCKETS:
             raise UserError(f'small_buckets is one of {", ".join(SMALL_BUCKETS)}: got "{small_buckets}"')
         if data_shards < 1:
@@ -68,7 +77,7 @@ class Plan:
         small = {bucket: len(rows) for bucket, rows in groups if len(rows) < self.batch_size(bucket)}
         small = {} if small_buckets == "repeat" else small
         kept = [(bucket, rows) for bucket, rows in groups if bucket not in small]
-        empty = [line for line in self.empty if not line.is_off]
+        empty = [] if allow_empty else [line for line in self.empty if not line.is_off]
         if not kept or (small_buckets != "drop" and (small or empty)):
             raise UserError(never_a_batch(small, empty, data_shards, small_buckets))
         self._dropped = small

@@ -54,6 +54,7 @@ SUFFIXES = (".parquet", ".csv")
 NO_CAPTION = ("nan", "NaN", "NAN")  # what other tools write for nothing
 SIZES = ("num_frames", "height", "width")
 MOST = (10**8, 2**16, 2**16)  # of SIZES: more (48 days at 24 fps) is a mistake in the table
+MOST_FPS = 1000.0  # a frame in each millisecond, which is as fine as many containers tell times
 
 
 def read_table(path: str | Path) -> pa.Table:
@@ -68,7 +69,7 @@ def read_table(path: str | Path) -> pa.Table:
     columns = [column(table, name, path) for name in SCHEMA.names]
     extra = further_columns(table)
     table = pa.table(columns + [table[name] for name in extra], names=SCHEMA.names + extra)
-    return _mark_impossible(map_shards(table, lambda shard: os.path.abspath(path.parent / shard)))
+    return mark_impossible(map_shards(table, lambda shard: os.path.abspath(path.parent / shard)))
 
 
 def write_table(table: pa.Table, path: str | Path) -> None:
@@ -197,14 +198,15 @@ def _cast(column: pa.ChunkedArray, field: pa.Field, path: Path) -> pa.ChunkedArr
         raise UserError(f"{wrong}. Mend it, or make the table again with `dataset meta`.") from None
 
 
-def _mark_impossible(table: pa.Table) -> pa.Table:
-    """Rows that claim to be fine with numbers that no clip has become bad ones."""
-    sizes = [table[name] for name in SIZES]
-    image = pc.and_(pc.is_nan(table["fps"]), pc.equal(table["num_frames"], 1))
+def mark_impossible(table: pa.Table) -> pa.Table:
+    """Returns the table with rows that claim to be fine with numbers that no clip has as bad ones."""
+    sizes, fps = [table[name] for name in SIZES], table["fps"]
+    image = pc.and_(pc.is_nan(fps), pc.equal(table["num_frames"], 1))
     for fine, reason, names in (
         (_all([pc.greater(size, 0) for size in sizes]), "the row lacks frames or size", SIZES),
         (_all([pc.less_equal(*pair) for pair in zip(sizes, MOST, strict=True)]), "more than a clip can have", SIZES),
-        (pc.or_(image, pc.and_(pc.is_finite(table["fps"]), pc.greater(table["fps"], 0))), "no frame rate", ("fps",)),
+        (pc.or_(image, pc.and_(pc.is_finite(fps), pc.greater(fps, 0))), "no frame rate", ("fps",)),
+        (pc.or_(image, pc.less_equal(fps, MOST_FPS)), "more than a clip can have", ("fps",)),
     ):
         wrong = pc.and_(pc.equal(table["status"], "ok"), pc.invert(fine))
         if not pc.any(wrong).as_py():

@@ -1,12 +1,12 @@
 """What `dataset meta` can be pointed at: a folder of files, a table with `path,text`, or a TFDS set in array_record.
 
 Listing opens no clip. A caption of a folder's file is the `.txt` beside it, else the row of the folder's captions.csv
-or metadata.csv, else the file's name in words.
+or metadata.csv, else the file's name in words. What these tables name besides is listed too, be it there or not.
 """
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,26 +37,36 @@ WANTED = "a folder of clips, a .csv or .parquet with path,text, or a folder of T
 KEY = ("path", "shard", "record")  # which clip a row means
 
 
-def list_clips(source: str | Path, split: str = "train") -> pa.Table:
-    """Returns a row per clip: path (absolute), shard, record, text, and the further columns of a table.
+class Listing(NamedTuple):
+    """What a source holds.
 
-    Paths of a table are relative to its folder. Of a TFDS set this lists one `split`, with texts null. Raises
-    UserError if there is nothing, or no clip.
+    `clips` has a row per clip: path (absolute), shard, record, text, and the further columns of a table. `skipped` are
+    the files of a folder that are named neither as clips nor as their captions.
+    """
+
+    clips: pa.Table
+    skipped: list[str]
+
+
+def list_clips(source: str | Path, split: str = "train") -> Listing:
+    """Returns what there is. Paths of a table are relative to its folder.
+
+    Of a TFDS set this lists one `split`, with texts null. Raises UserError if there is nothing, or no clip.
     """
     source = Path(source)
     if not source.exists():
         raise UserError(f"No data at {source}: give {WANTED}.")
     if not source.is_dir():
-        clips = _of_table(source)
+        found = Listing(_of_table(source), [])
     elif all((source / name).is_file() for name in TFDS_FILES):
-        clips = _of_tfds(source, split)
+        found = Listing(_of_tfds(source, split), [])
     else:
-        clips = _of_folder(source)
-    if not len(clips):
+        found = _of_folder(source)
+    if not len(found.clips):
         sets = sorted(path.parent for path in source.rglob(TFDS_FILES[0])) if source.is_dir() else []
         hint = f" There is a TFDS set in {sets[0]}: give that folder." if sets else ""
         raise UserError(f"No clips in {source}: it needs files such as .mp4 or .jpg, or rows with path,text.{hint}")
-    return clips
+    return found
 
 
 def drop_repeats(clips: pa.Table) -> tuple[pa.Table, list[str]]:
@@ -93,13 +103,24 @@ def _of_tfds(folder: Path, split: str) -> pa.Table:
     return _clips(names, shards, [record.record for record in found], [None] * len(found))
 
 
-def _of_folder(folder: Path) -> pa.Table:
-    known = VIDEO_SUFFIXES + IMAGE_SUFFIXES
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
+def _of_folder(folder: Path) -> Listing:
+    """Returns the clips of a folder, then the other rows of its table: repeated ones, and those without such a file."""
+    folder = Path(os.path.abspath(folder))
+    visible = sorted(p for p in folder.rglob("*") if not p.name.startswith("."))
+    files = [p for p in visible if p.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
     tables = [folder / name for name in CAPTION_FILES if (folder / name).exists()]
     table = _of_table(tables[0]) if tables else _files([], [])
-    captions = dict(zip(table["path"].to_pylist(), table["text"].to_pylist(), strict=True))
-    return _files([_readable(os.path.abspath(p)) for p in files], [_caption_of(p, captions) for p in files])
+    clips = _files([_readable(str(p)) for p in files], [_caption_beside(p) for p in files])
+    row = pc.index_in(keys(clips), value_set=keys(table))  # of several the first
+    words = pa.array([_readable(p.stem).replace("_", " ").replace("-", " ") for p in files], pa.string())
+    clips = records.with_column(clips, "text", pc.coalesce(clips["text"], table["text"].take(row), words))
+    for name in records.further_columns(table):
+        clips = clips.append_column(name, table[name].take(row))
+    others = np.ones(len(table), bool)
+    others[row.drop_null().to_numpy()] = False
+    clips = pa.concat_tables([clips, table.filter(pa.array(others))])
+    known = {*files, *tables, *(p.with_suffix(".txt") for p in files), *map(Path, table["path"].to_pylist())}
+    return Listing(clips, [_readable(str(p)) for p in visible if p not in known and p.is_file()])
 
 
 def _clips(paths: list[str], shards: list[str], numbers: list[int], texts: list[Any]) -> pa.Table:
@@ -107,15 +128,13 @@ def _clips(paths: list[str], shards: list[str], numbers: list[int], texts: list[
     return pa.table([paths, shards, numbers, texts], schema=schema)
 
 
-def _files(paths: list[str], texts: list[str]) -> pa.Table:
+def _files(paths: list[str], texts: list[str | None]) -> pa.Table:
     return _clips(paths, [""] * len(paths), [0] * len(paths), texts)
 
 
-def _caption_of(path: Path, captions: dict[str, str]) -> str:
+def _caption_beside(path: Path) -> str | None:
     beside = path.with_suffix(".txt")
-    if beside.is_file():
-        return beside.read_bytes().decode("utf-8-sig", "replace").strip()
-    return captions.get(os.path.abspath(path), _readable(path.stem).replace("_", " ").replace("-", " "))
+    return beside.read_bytes().decode("utf-8-sig", "replace").strip() if beside.is_file() else None
 
 
 def _readable(name: str) -> str:

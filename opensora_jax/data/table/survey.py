@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from opensora_jax.data.table.sources import KEY, VIDEO_SUFFIXES, keys
 Run = Callable[[pa.Table], Iterable[list[Row]]]  # clips by KEY -> rows of SCHEMA, in any order
 
 STAMPS = 1000  # files that a thread looks up at a time
-LONGEST_LINE = 1 << 16  # bytes of a row
+BLOCK = 1 << 16  # bytes read at a time, from the end, in search of the last whole line
 REASONS_SHOWN = 10
 MOVIE_NAME = "(" + "|".join(suffix.replace(".", r"\.") for suffix in VIDEO_SUFFIXES) + ")$"
 
@@ -44,19 +44,22 @@ def make_table(clips: pa.Table, output: Path, run: Run, num_threads: int, *, dis
         start = partial.size()
         _probe(clips.filter(pc.invert(pc.is_in(keys(clips), keys(kept)))), kept, run, partial)
         found = pa.concat_tables([partial.rows(start), kept], promote_options="default")
-        table = _joined(clips, found)
+        table = records.mark_impossible(_joined(clips, found))
         usable = "ok" in table["status"].unique().to_pylist()
         if usable:
             records.write_table(table, output)
         partial.remove()
     if not usable:
-        why = "; ".join(line.strip() for line in summary(table, [])[1:])
+        why = "; ".join(line.strip() for line in summary(table)[1:])
         raise UserError(f"None of the {len(table)} clips can be used ({why}). Give others.")
     return table
 
 
-def summary(table: pa.Table, repeats: list[str]) -> list[str]:
-    """Returns lines that tell what is in a table, what is wrong with how many clips, and the first of each."""
+def summary(table: pa.Table, repeats: Sequence[str] = (), skipped: Sequence[str] = ()) -> list[str]:
+    """Returns lines that tell what is in a table, what is wrong with how many clips, and the first of each.
+
+    `repeats` are the clips of rows that were left out, `skipped` the files that were not taken for clips.
+    """
     bad = table.filter(pc.equal(table["status"], "bad")).select(["reason", "path"])
     good = table.filter(pc.equal(table["status"], "ok")).select(["path", "text", "num_frames", "variable_fps"])
     images = good.filter(pc.equal(good["num_frames"], 1))
@@ -64,6 +67,7 @@ def summary(table: pa.Table, repeats: list[str]) -> list[str]:
     groups = [
         *((f"bad: {reason}", bad.filter(pc.equal(bad["reason"], reason))) for reason in _by_count(bad["reason"])),
         ("left out: the clip of an earlier row again", pa.table({"path": pa.array(repeats, pa.string())})),
+        ("skipped: not named as a video or an image", pa.table({"path": pa.array(skipped, pa.string())})),
         ("without a caption", good.filter(pc.equal(good["text"], ""))),
         ("with a variable frame rate", good.filter(good["variable_fps"])),
         ("named as videos but of one frame: they count as images", images.filter(movies)),
@@ -85,9 +89,7 @@ class _Partial:
         except BlockingIOError:
             self.file.close()
             raise UserError(f"Another run holds {path}: wait for it, or choose another --output.") from None
-        self.file.seek(max(0, self.size() - LONGEST_LINE))
-        tail = self.file.read()
-        self.file.truncate(self.size() - len(tail) + tail.rfind(b"\n") + 1)
+        self.file.truncate(self._whole_lines())
 
     def __enter__(self) -> "_Partial":
         return self
@@ -98,6 +100,18 @@ class _Partial:
     def size(self) -> int:
         """Returns the bytes so far, all of them written."""
         return os.fstat(self.file.fileno()).st_size
+
+    def _whole_lines(self) -> int:
+        """Returns the bytes up to the end of the last whole line, which captions can make long."""
+        end = self.size()
+        while end:
+            start = max(0, end - BLOCK)
+            self.file.seek(start)
+            found = self.file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+        return 0
 
     def append(self, rows: list[Row]) -> None:
         """Writes rows so that a kill does not lose them."""

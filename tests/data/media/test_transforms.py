@@ -60,6 +60,10 @@ def test_the_column_of_intervals_agrees_with_single_rates():
     assert frame_intervals(fps, 16).tolist() == [target_fps(rate, 16)[1] for rate in fps.tolist()]
 
 
+def test_a_rate_that_no_clip_has_overflows_nothing():
+    assert frame_intervals(np.array([1e300, 24]), 16).tolist() == [2**62, 2]
+
+
 @pytest.mark.parametrize(("total", "count", "interval", "starts"), [(23, 5, 3, 8), (9, 9, 1, 1), (13, 5, 3, 1)])
 def test_starts_cover_their_range_and_leave_room_for_all_frames(total, count, interval, starts):
     drawn = {frame_start(total, count, interval, seed) for seed in range(101)}

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.data.media import ffmpeg_process, video_writer
+from opensora_jax.data.media import ffmpeg_process, video, video_writer
 from opensora_jax.data.media.ffmpeg_process import binary
 from opensora_jax.data.media.transforms import frame_picks, resize_and_crop
 from opensora_jax.data.media.video import VideoError, VideoInfo, probe, read_frames
@@ -135,13 +135,46 @@ def test_a_file_shorter_than_its_table_row_is_refused(clip):
         whole(clip, claimed, 29, 13)
 
 
-def test_a_picture_that_starts_later_than_the_sound_keeps_its_last_frames(tmp_path):
-    write_video(tmp_path / "picture.mp4", numbered(11), 5)
-    sound = ["-f", "lavfi", "-i", "sine=duration=6"]
-    late = ["-itsoffset", "2", "-i", str(tmp_path / "picture.mp4")]
-    ffmpeg(*sound, *late, "-c:v", "copy", "-c:a", "aac", str(tmp_path / "late.mkv"))
-    info = probe(tmp_path / "late.mkv")
-    assert numbers_of(whole(tmp_path / "late.mkv", info)) == list(range(11))
+def decoded_alone(path: Path, height: int = 34, width: int = 46) -> np.ndarray:
+    """Returns all frames of a file, by one run of ffmpeg from its beginning."""
+    line = [binary(), "-nostdin", "-loglevel", "error", "-i", str(path), "-map", "0:V:0", "-fps_mode", "passthrough"]
+    scale = ["-vf", "scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,format=rgb24"]
+    raw = subprocess.run([*line, *scale, "-f", "rawvideo", "-"], check=True, capture_output=True, timeout=60).stdout
+    return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+
+
+@pytest.mark.parametrize("variable", [False, True])
+@pytest.mark.parametrize(("name", "seconds"), [("late.mkv", 2), ("late.mp4", 1), ("late.mkv", 0.021), ("late.ts", 1)])
+def test_frames_count_from_the_start_of_the_picture_where_sound_comes_first(tmp_path, name, seconds, variable):
+    write_video(tmp_path / "picture.mp4", numbered(), 24)
+    path, sound = tmp_path / name, ["-f", "lavfi", "-i", "sine=duration=6"]
+    late = ["-itsoffset", str(seconds), "-i", str(tmp_path / "picture.mp4")]
+    code = ["-c:v", "libx264", "-g", "7", "-fps_mode", "passthrough", "-enc_time_base", "1/90000", "-c:a", "aac"]
+    pace = ["-vf", "setpts=PTS+0.02/TB*mod(N\\,2)"] if variable else []
+    ffmpeg(*sound, *late, "-map", "0:a", "-map", "1:v", *pace, *code, str(path))
+    info, alone = probe(path), decoded_alone(path)
+    assert (info.variable_fps, numbers_of(alone)) == (variable, list(range(FRAMES)))
+    times = (np.arange(FRAMES) / 24 + 0.02 * (np.arange(FRAMES) % 2)) if variable else np.arange(FRAMES) / 24
+    newest = [np.flatnonzero(times <= (n + 0.5) / info.fps + 1e-3).max() for n in range(FRAMES)]
+    for start in (0, 1, 3, 13, 25):
+        picks = start + np.arange(3)
+        np.testing.assert_array_equal(whole(path, info, start, 3), alone[np.array(newest)[picks]])
+
+
+@pytest.mark.parametrize("variable", [False, True])
+def test_files_without_an_index_are_read_however_far_their_key_frames_are_apart(tmp_path, variable):
+    count, path = 601, tmp_path / "clip.ts"
+    bits = np.arange(count)[:, None] >> np.arange(10) & 1  # ten stripes tell the number of a frame
+    frames = np.repeat(bits.astype(np.uint8) * 255, 8, axis=1)[:, None, :, None]
+    write_video(tmp_path / "clip.mp4", np.broadcast_to(frames, (count, 16, 80, 3)).copy(), 25)
+    pace = ["-vf", "setpts=PTS+0.015/TB*gt(mod(N\\,50)\\,25)"] if variable else []
+    code = ["-c:v", "libx264", "-g", "250", "-sc_threshold", "0", "-fps_mode", "passthrough"]
+    ffmpeg("-i", str(tmp_path / "clip.mp4"), *pace, *code, "-enc_time_base", "1/90000", str(path))
+    info = probe(path)
+    assert (info.num_frames, info.variable_fps) == (count, variable)
+    for start in (1, 20, 130, 249, 250, 251, 400, 598):
+        read = whole(path, info, start, 3)[:, :, 4::8].mean((1, 3)) > 127
+        assert (read @ (1 << np.arange(10))).tolist() == [start, start + 1, start + 2], start
 
 
 RATES = {  # expression of ffmpeg: the same in Python
@@ -200,6 +233,33 @@ def test_a_photograph_lies_as_its_exif_says(tmp_path):
     assert (info.num_frames, info.height, info.width) == (1, 46, 34)
     turned = np.rot90(pattern(34, 46)[0], -1)
     assert np.abs(whole(tmp_path / "photo.jpg", info)[0].astype(int) - turned).mean() < 4
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "clip.mp4", "https://x.org/photo.jpg"])
+@pytest.mark.parametrize("count", [1, 9])
+def test_a_file_that_is_gone_is_bad_like_any_other(tmp_path, name, count):
+    path = name if "://" in name else tmp_path / name
+    reason = "a URL, not a file: download it first" if "://" in name else "no such file"
+    with pytest.raises(VideoError, match=f"^{reason}$"):
+        read_frames(path, VideoInfo(count, 31, 47, np.nan if count == 1 else 8.0), picks=np.arange(count))
+
+
+def test_a_file_that_goes_while_it_is_read_is_bad_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "_check", lambda clip: None)
+    with pytest.raises(VideoError, match="cannot be opened: No such file or directory"):
+        read_frames(tmp_path / "photo.jpg", VideoInfo(1, 31, 47, np.nan), picks=np.array([0]))
+
+
+@pytest.mark.parametrize("name", ["a%d.png", "a%03d.png", "a%*.png", "a[1].png", "%d/a.png", "a%%.png"])
+def test_the_name_of_an_image_is_no_pattern(tmp_path, name):
+    """ffmpeg takes `a%d.png` for all of a0.png, a1.png, ... and would read the first one that is there."""
+    path = tmp_path / name
+    for level, one in enumerate([path, *(tmp_path / other for other in ("a1.png", "a001.png", "1/a.png", "a%.png"))]):
+        one.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (46, 34), (50 * level + 7,) * 3).save(one)
+    info = probe(path)
+    assert (info.num_frames, info.height, info.width) == (1, 34, 46)
+    assert (read_frames(path, info, picks=np.array([0])) == 7).all()
 
 
 def test_half_an_image_is_refused(tmp_path):

@@ -105,6 +105,8 @@ def test_whole_numbers_written_as_floats_are_read(tmp_path):
         ("24.0", "inf", "no frame rate: fps inf"),
         ("24.0", "-24", "no frame rate: fps -24"),
         ("24.0", "", "no frame rate: fps nan"),
+        ("24.0", "1e300", "more than a clip can have: fps 1e+300"),
+        ("24.0", "1000.1", "more than a clip can have: fps 1000.1"),
     ],
 )
 def test_a_row_with_impossible_numbers_becomes_bad(tmp_path, old, new, reason):

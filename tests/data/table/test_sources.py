@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ def touch(folder, *names: str) -> None:
 
 
 def pairs(source) -> list[tuple[str, str]]:
-    clips = list_clips(source)
+    clips = list_clips(source).clips
     assert set(clips["shard"].to_pylist()) == {""}
     return list(zip(clips["path"].to_pylist(), clips["text"].to_pylist(), strict=True))
 
@@ -31,6 +32,38 @@ def test_a_folder_lists_videos_and_images_with_their_captions(tmp_path):
         (str(tmp_path / "b/deep_red-car.MP4"), "deep red car"),
         (str(tmp_path / "c.mkv"), "from the table"),
     ]
+
+
+def test_the_table_of_a_folder_gives_captions_scores_and_what_else_it_names(tmp_path, monkeypatch):
+    touch(tmp_path, "set/a.mp4", "set/b.mp4", "set/c.dat", "set/d.png")
+    rows = "a.mp4,first,1.5\ngone.mp4,x,2.5\na.mp4,second,3.5\nc.dat,named here,4.5\n./d.png,,5.5\n"
+    (tmp_path / "set/captions.csv").write_text(f"path,text,score_aes\n{rows}")
+    monkeypatch.chdir(tmp_path)
+    found = list_clips("set")
+    clips, repeats = drop_repeats(found.clips)
+    assert [(Path(row["path"]).name, row["text"], row["score_aes"]) for row in clips.to_pylist()] == [
+        ("a.mp4", "first", 1.5),
+        ("b.mp4", "b", None),
+        ("d.png", "", 5.5),
+        ("gone.mp4", "x", 2.5),
+        ("c.dat", "named here", 4.5),
+    ]
+    assert repeats == [str(tmp_path / "set/a.mp4")]
+    assert found.skipped == []
+
+
+def test_files_of_a_folder_that_are_no_clips_by_their_name_are_told(tmp_path):
+    touch(tmp_path, "a.mp4", "sub/b.heic", "notes.txt", "a.txt", "captions.txt", "dir.heic/c.png", ".hidden.heic")
+    (tmp_path / "captions.csv").write_text("path,text\na.mp4,x\n")
+    found = list_clips(tmp_path)
+    assert [Path(path).name for path in found.clips["path"].to_pylist()] == ["a.mp4", "c.png"]
+    assert found.skipped == [str(tmp_path / name) for name in ("captions.txt", "notes.txt", "sub/b.heic")]
+
+
+def test_bytes_of_a_caption_file_that_are_no_utf8_are_replaced(tmp_path):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xff\xfe\n")
+    assert pairs(tmp_path) == [(str(tmp_path / "a.mp4"), f"caf{MISREAD} {MISREAD}{MISREAD}")]
 
 
 def test_names_of_files_that_are_no_utf8_stay_recognisable(tmp_path):
@@ -66,7 +99,7 @@ def test_further_columns_of_a_table_stay_and_its_facts_are_not_believed(tmp_path
         "tag": ["m"] * 2,
     }
     pq.write_table(pa.table(table), tmp_path / "list.parquet")
-    clips = list_clips(tmp_path / "list.parquet")
+    clips = list_clips(tmp_path / "list.parquet").clips
     assert clips.column_names == ["path", "shard", "record", "text", "score_aes", "tag"]
     assert clips["score_aes"].to_pylist() == [4.5, 5.5]
 
@@ -74,7 +107,7 @@ def test_further_columns_of_a_table_stay_and_its_facts_are_not_believed(tmp_path
 def test_clips_in_shards_are_listed_by_shard_and_number(tmp_path):
     table = {"path": ["one", "two", "c.mp4"], "shard": ["s-0", "s-0", ""], "record": [0, 5, 0], "text": ["x", "y", "z"]}
     pq.write_table(pa.table(table), tmp_path / "list.parquet")
-    clips = list_clips(tmp_path / "list.parquet")
+    clips = list_clips(tmp_path / "list.parquet").clips
     assert clips["path"].to_pylist() == ["one", "two", str(tmp_path / "c.mp4")]
     assert clips["shard"].to_pylist() == [str(tmp_path / "s-0")] * 2 + [""]
     assert clips["record"].to_pylist() == [0, 5, 0]
@@ -82,7 +115,7 @@ def test_clips_in_shards_are_listed_by_shard_and_number(tmp_path):
 
 def test_of_rows_that_name_a_clip_again_the_first_counts(tmp_path):
     (tmp_path / "list.csv").write_text("path,text\na.mp4,first\nb.mp4,b\n./a.mp4,second\nsub/../b.mp4,b\na.mp4,third\n")
-    clips, repeats = drop_repeats(list_clips(tmp_path / "list.csv"))
+    clips, repeats = drop_repeats(list_clips(tmp_path / "list.csv").clips)
     assert clips["text"].to_pylist() == ["first", "b"]
     assert repeats == [str(tmp_path / name) for name in ("a.mp4", "b.mp4", "a.mp4")]
 

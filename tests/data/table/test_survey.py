@@ -54,7 +54,7 @@ def files(tmp_path) -> Path:
 def survey(source: Path, output: Path, run: FakeRun | None = None, **settings) -> tuple[list[str], pa.Table]:
     """Returns the names of what was probed, and the table."""
     run = run or FakeRun()
-    clips, _ = drop_repeats(list_clips(source))
+    clips, _ = drop_repeats(list_clips(source).clips)
     written = make_table(clips, output, run, 2, **settings)
     assert repr(read_table(output).to_pylist()) == repr(written.to_pylist())
     assert sorted(os.listdir(output.parent)) == sorted({output.name, *(["files"] if source.is_dir() else [])})
@@ -84,7 +84,7 @@ def test_the_order_of_rows_is_that_of_the_source(files, tmp_path):
     assert [Path(path).name for path in table["path"].to_pylist()] == ALL[::-1]
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"path": "/some'])
+@pytest.mark.parametrize("torn", [b"", b'{"path": "/some', b'{"text": "' + b"a" * (1 << 18)])
 def test_an_interrupted_run_keeps_what_it_has_probed(files, tmp_path, torn):
     with pytest.raises(KeyboardInterrupt):
         survey(files, tmp_path / "t.parquet", FakeRun(stop_after=4))
@@ -137,7 +137,7 @@ def test_a_table_can_be_its_own_source(files, tmp_path):
     output = tmp_path / "t.parquet"
     survey(files, output)
     assert survey(output, tmp_path / "t2" / "t.parquet")[0] == ALL
-    clips, _ = drop_repeats(list_clips(output))
+    clips, _ = drop_repeats(list_clips(output).clips)
     run = FakeRun()
     make_table(clips, output, run, 2)
     assert run.seen == ["c.mp4"]
@@ -177,7 +177,7 @@ def test_a_format_that_cannot_be_written_is_refused_before_the_work(files, tmp_p
     run = FakeRun()
     with pytest.raises(UserError, match=r"\.parquet or \.csv"):
         survey(files, tmp_path / "t.json", run)
-    clips = list_clips(files).append_column("boxes", pa.array([[1]] * 5))
+    clips = list_clips(files).clips.append_column("boxes", pa.array([[1]] * 5))
     with pytest.raises(UserError, match="The column boxes"):
         make_table(clips, tmp_path / "t.csv", run, 2)
     assert (run.seen, os.listdir(tmp_path)) == ([], ["files"])
@@ -190,11 +190,12 @@ def test_the_summary_counts_by_reason_and_names_the_first_of_each(files, tmp_pat
     (files / "h.txt").write_text("")
     (files / "i.mp4").write_text("worse")
     _, table = survey(files, tmp_path / "t.parquet")
-    assert summary(table, ["x.mp4", "y.mp4"]) == [
+    assert summary(table, ["x.mp4", "y.mp4"], ["notes.md"]) == [
         "6 of 9 clips are usable: 4 videos, 2 images",
         f"       2 bad: damaged, first {files}/c.mp4",
         f"       1 bad: worse, first {files}/i.mp4",
         "       2 left out: the clip of an earlier row again, first x.mp4",
+        "       1 skipped: not named as a video or an image, first notes.md",
         f"       1 without a caption, first {files}/h.png",
         f"       1 named as videos but of one frame: they count as images, first {files}/g.mp4",
     ]
