@@ -1,9 +1,9 @@
 """Our Hunyuan autoencoder at full width beside that of diffusers on PyTorch, in one process.
 
-    python benchmarks/autoencoder.py
+    pip install -e ".[bench]" && python benchmarks/autoencoder.py
 
 Both hold the same weights and do the same work in turn, in float32; the table shows the median of each and the largest
-difference of the results. Needs torch and diffusers, which nothing else here does.
+difference of the results. The extra `bench` has torch and diffusers, which nothing else here needs.
 """
 
 import argparse

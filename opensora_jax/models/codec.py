@@ -12,24 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from jaxtyping import Float, Key, UInt8
+from jaxtyping import Bool, Float, Key, UInt8
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.parallel.batch import video_sharding
 
-Video = UInt8[Array, "B T H W 3"] | UInt8[np.ndarray, "B T H W 3"]
+Bytes = UInt8[Array, "B T H W 3"] | UInt8[np.ndarray, "B T H W 3"]
+Pixels = Float[Array, "B T H W 3"] | Float[np.ndarray, "B T H W 3"]
+Video = Bytes | Pixels  # clips come as either, by `dataset.resize`; pixels are in [-1, 1]
 
 
 @jax.jit
-def to_pixels(video: UInt8[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
-    """Returns bytes as pixels in [-1, 1]."""
-    return video.astype(jnp.float32) / 127.5 - 1.0
+def to_pixels(video: Video) -> Float[Array, "B T H W 3"]:
+    """Returns a video's pixels, in [-1, 1]; those of bytes go from -1 to 1 exactly."""
+    pixels = jnp.asarray(video, jnp.float32)
+    return pixels / 127.5 - 1.0 if video.dtype == jnp.uint8 else pixels
 
 
 @jax.jit
-def to_bytes(pixels: Float[Array, "B T H W 3"]) -> UInt8[Array, "B T H W 3"]:
-    """Returns pixels in [-1, 1], clipped, as bytes."""
-    return jnp.floor((jnp.clip(pixels.astype(jnp.float32), -1.0, 1.0) + 1.0) * 127.5 + 0.5).astype(jnp.uint8)
+def to_bytes(video: Video) -> UInt8[Array, "B T H W 3"]:
+    """Returns a video's bytes; pixels are clipped to [-1, 1] and rounded."""
+    if video.dtype == jnp.uint8:
+        return jnp.asarray(video)
+    return jnp.floor((jnp.clip(jnp.asarray(video, jnp.float32), -1.0, 1.0) + 1.0) * 127.5 + 0.5).astype(jnp.uint8)
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class Codec:
     autoencoder: Any
     mesh: Mesh
 
-    def encode(self, video: Video | np.ndarray | Array, keys: Key[Array, "B"] | None = None) -> Array:
-        """Returns scaled latents of videos, which are bytes or pixels in [-1, 1].
+    def encode(self, video: Video, keys: Key[Array, "B"] | None = None) -> Array:
+        """Returns scaled latents of videos.
 
         They are modes of the posterior, or draws from it when there is a key for each video.
         Raises: UserError for sizes that the autoencoder cannot take, and for pixels that are no numbers.
@@ -53,43 +58,63 @@ class Codec:
     def decode(self, latents: Float[Array, "B t h w Z"], frames: int) -> UInt8[Array, "B T H W 3"]:
         """Returns the videos of scaled latents, with `frames` frames or more.
 
-        Raises: UserError for latents that are no numbers, and for an autoencoder that gives fewer frames back.
+        Raises: UserError for latents or decoded pixels that are no numbers, and for fewer frames than asked for.
         """
         _check_finite(latents, "latents")
-        batch, _, rows, columns, _ = latents.shape
-        latents = self._spread(latents, batch, rows, columns)
-        asks = getattr(self.autoencoder, "is_decoded_to_frames", False)
-        video = self.autoencoder.decode(latents, frames=frames) if asks else self.autoencoder.decode(latents)
-        if video.shape[1] < frames:
-            raise UserError(
-                f"The autoencoder gives back {video.shape[1]} of {frames} frames (its tiles in time leave one latent "
-                "frame alone, which it takes for an image): use another number of frames, or tiles of another length."
-            )
+        video = self._decoded(latents, frames)
+        _check_finite(video, "decoded pixels")
         return to_bytes(video)
+
+    def reconstruct(self, video: Video) -> tuple[UInt8[Array, "B T H W 3"], Bool[np.ndarray, "B"]]:
+        """Returns what decoding makes of the modes of latents, and for which videos all values were numbers."""
+        latents = self.encode(video)
+        good = are_finite(latents)
+        decoded = self._decoded(jnp.where(good[:, None, None, None, None], latents, 0.0), video.shape[1])
+        return to_bytes(decoded), np.asarray(good & are_finite(decoded))
 
     def moments(self, video: Video) -> tuple[Float[Array, "B t h w Z"], Float[Array, "B t h w Z"]]:
         """Returns mean and variance of the unscaled latent; of an autoencoder without a posterior the latent and 0."""
         pixels = self._pixels(video)
         if not hasattr(self.autoencoder, "posterior"):
-            latent = self.autoencoder.encode(pixels)
+            latent = self.autoencoder.unscaled(pixels)
             return latent, jnp.zeros_like(latent)
         posterior = self.autoencoder.posterior(pixels)
         return posterior.mean, jnp.exp(posterior.logvar)
 
-    def _pixels(self, video: Video | np.ndarray | Array) -> Float[Array, "B T H W 3"]:
+    def _decoded(self, latents: Float[Array, "B t h w Z"], frames: int) -> Float[Array, "B T H W 3"]:
+        batch, latent_frames, rows, columns, _ = latents.shape
+        if min(batch, latent_frames) < 1:
+            raise UserError(f"There is nothing to decode: got {batch} latents of {latent_frames} frames.")
+        latents = self._spread(latents, batch, rows, columns)
+        asks = getattr(self.autoencoder, "is_decoded_to_frames", False)
+        video = self.autoencoder.decode(latents, frames=frames) if asks else self.autoencoder.decode(latents)
+        if video.shape[1] < frames:
+            raise UserError(
+                f"{latent_frames} latent frames are decoded to {video.shape[1]} frames: {frames} were asked for."
+            )
+        return video
+
+    def _pixels(self, video: Video) -> Float[Array, "B T H W 3"]:
         batch, frames, height, width, _ = video.shape
+        if batch < 1:
+            raise UserError("There is nothing to encode: got a batch of no videos.")
         try:
             _, rows, columns = self.autoencoder.latent_shape(frames, height, width)
         except ValueError as error:
             raise UserError(str(error)) from error
         placed = self._spread(video, batch, rows, columns)
-        if placed.dtype == jnp.uint8:
-            return to_pixels(placed)
-        _check_finite(placed, "pixels")
-        return placed
+        if placed.dtype != jnp.uint8:
+            _check_finite(placed, "pixels")
+        return to_pixels(placed)
 
     def _spread(self, array: Any, batch: int, rows: int, columns: int) -> Array:
         return jax.device_put(array, video_sharding(self.mesh, batch, rows, columns))
+
+
+@jax.jit
+def are_finite(batch: Float[Array, "B ..."]) -> Bool[Array, "B"]:
+    """Returns for each sample of a batch whether all its values are numbers."""
+    return jnp.isfinite(batch).reshape(len(batch), -1).all(1)
 
 
 def _check_finite(array: Array, what: str) -> None:

@@ -5,6 +5,8 @@ pixels in channels. Attribute names are those of the published weights; the bloc
 Source: DC-AE (Chen et al. 2024, arXiv:2410.10733); hpcaitech/Open-Sora, `opensora/models/dc_ae/`.
 """
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -13,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from opensora_jax.models.dc_ae_config import DCAEConfig, DecoderConfig, EncoderConfig
-from opensora_jax.models.sizes import latent_size
+from opensora_jax.models.sizes import check_frames, latent_size
 from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv import Conv
 from opensora_jax.nn.conv3d import Triple
@@ -33,7 +35,7 @@ from opensora_jax.nn.pixel_shuffle import (
     pixel_shuffle,
     pixel_unshuffle,
 )
-from opensora_jax.nn.tiling import tiled_decode, tiled_encode
+from opensora_jax.nn.tiling import decoded_parts, join_frames, tiled_encode
 
 Kernel = tuple[int, ...]  # sizes, (time, height, width) or without time
 SCALES = {"EViT_GLU": (), "EViTS5_GLU": (5,)}  # kernel sizes at which attention sees queries, keys and values
@@ -200,7 +202,7 @@ class Decoder(nnx.Module):
 class DCAE(nnx.Module):
     """Video autoencoder: 4 n frames to n latent frames (4 the stride in time), or one frame to one.
 
-    One latent frame is decoded as an image: a clip of 4 frames comes back as 1.
+    One latent frame alone is decoded as an image: a clip of 4 frames comes back as 1, and so does a temporal tile.
     """
 
     def __init__(self, config: DCAEConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
@@ -226,22 +228,35 @@ class DCAE(nnx.Module):
         Raises: ValueError for sizes that the autoencoder cannot take, naming the nearest that it can.
         """
         t = self.strides[0]
-        if frames < 1 or (frames > 1 and frames % t):
-            below, above = max(1, frames // t * t), max(1, frames // t + 1) * t
-            raise ValueError(f"The autoencoder takes 1 frame or {t} n: got {frames}: use {below} or {above}.")
+        check_frames(frames, lambda n: n == 1 or n % t == 0, f"1 frame or {t} n")
         return (max(1, frames // t), *latent_size(height, width, self.strides[1]))
+
+    def gives_back(self, frames: int) -> bool:
+        """Returns whether decoding the latent of so many frames gives all of them."""
+        latents, rest = divmod(frames, self.strides[0])
+        if frames == 1 or latents < 1 or rest:
+            return frames == 1
+        return self.strides[0] == 1 or min(self.config.tiling.latent_tiles(latents)) > 1
 
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B t h w Z"]:
         """Returns the latent over `scaling_factor`; there is no posterior, so a key draws nothing.
 
         Raises: ValueError for sizes that the autoencoder cannot take.
         """
+        return self.unscaled(video) / self._scale
+
+    def unscaled(self, video: Float[Array, "B T H W C"]) -> Float[Array, "B t h w Z"]:
+        """Returns the unscaled latent, in tiles where the video is larger than one."""
         self.latent_shape(*video.shape[1:4])
-        return tiled_encode(self.config.tiling, video, self.project) / self._scale
+        return tiled_encode(self.config.tiling, video, self.project)
 
     def decode(self, latent: Float[Array, "B t h w Z"]) -> Float[Array, "B T H W C"]:
         """Returns pixels, about [-1, 1], of a scaled latent."""
-        return tiled_decode(self.config.tiling, latent * self._scale, self.reconstruct)
+        return join_frames(self.decode_parts(latent))
+
+    def decode_parts(self, latent: Float[Array, "B t h w Z"]) -> Iterator[Float[Array, "B T H W C"]]:
+        """Yields the frames of `decode` in parts, each as soon as it is ready; temporal tiles make several."""
+        return decoded_parts(self.config.tiling, latent * self._scale, self.reconstruct)
 
     @compiled
     def project(self, video: Float[Array, "B T H W C"]) -> Float[Array, "B t h w Z"]:

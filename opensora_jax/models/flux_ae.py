@@ -3,10 +3,10 @@
 Source: hpcaitech/Open-Sora, `opensora/models/vae/autoencoder_2d.py`; black-forest-labs/flux, `modules/autoencoder.py`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -14,11 +14,13 @@ from jaxtyping import Float
 
 from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
-from opensora_jax.models.sizes import latent_size
+from opensora_jax.models.sizes import check_frames, latent_size
+from opensora_jax.nn.chunks import cut, of_images
 from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv3d import Triple
 
 GROUPS = 32  # of every group norm
+PIXELS_AT_ONCE = 2**20  # as many images as have so many pixels, with 128 channels 0.5 GB in float32, run at a time
 
 
 @dataclass(frozen=True)
@@ -96,19 +98,25 @@ class FluxAE(nnx.Module):
 
         Raises: ValueError for sizes that the autoencoder cannot give back, naming the nearest that it can.
         """
-        if frames < 1:
-            raise ValueError(f"The autoencoder takes 1 frame or more: got {frames}: use 1.")
+        check_frames(frames, self.gives_back, "1 frame or more")
         return (frames, *latent_size(height, width, self.strides[1]))
 
+    def gives_back(self, frames: int) -> bool:
+        """Returns whether decoding the latent of so many frames gives all of them."""
+        return frames >= 1
+
     def posterior(self, video: Float[Array, "B T H W C"]) -> Posterior:
-        """Returns the Gaussian over unscaled latents of pixels in [-1, 1]; its `frame_kl` has a value per frame."""
+        """Returns the Gaussian over unscaled latents of pixels in [-1, 1]; its `frame_kl` has a value per frame.
+
+        Raises: ValueError for sizes that the autoencoder cannot take.
+        """
+        self.latent_shape(*video.shape[1:4])
         return Posterior.of(self.moments(video))
 
     @compiled
     def moments(self, video: Float[Array, "B T H W C"]) -> Float[Array, "B T h w M"]:
         """Returns mean and log variance of the unscaled latent on the last axis, as the network gives them."""
-        images = rearrange(video, "B T H W C -> (B T) H W C")
-        return rearrange(self.encoder(images), "(B T) h w M -> B T h w M", T=video.shape[1])
+        return of_images(self.encoder, video, self._images(*video.shape[2:4], stride=1))
 
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B T h w Z"]:
         """Returns the scaled latent: the posterior's mode, or a draw from it when a key is given."""
@@ -117,10 +125,23 @@ class FluxAE(nnx.Module):
 
     def decode(self, latent: Float[Array, "B T h w Z"]) -> Float[Array, "B T H W C"]:
         """Returns pixels, about [-1, 1], of a scaled latent."""
-        return self.reconstruct(latent / jnp.asarray(self.config.scale_factor) + jnp.asarray(self.config.shift_factor))
+        return self.reconstruct(self._unscaled(latent))
+
+    def decode_parts(self, latent: Float[Array, "B T h w Z"]) -> Iterator[Float[Array, "B T H W C"]]:
+        """Yields the frames of `decode` in parts, each as soon as it is ready."""
+        frames = max(1, self._images(*latent.shape[2:4], stride=self.strides[1]) // len(latent))
+        return map(self.reconstruct, cut(self._unscaled(latent), frames, axis=1))
 
     @compiled
     def reconstruct(self, z: Float[Array, "B T h w Z"]) -> Float[Array, "B T H W C"]:
         """Returns pixels of an unscaled latent, as training of the autoencoder itself uses it."""
-        images = self.decoder(rearrange(z, "B T h w Z -> (B T) h w Z"))
-        return rearrange(images, "(B T) H W C -> B T H W C", T=z.shape[1]).astype(jnp.float32)
+        images = self._images(*z.shape[2:4], stride=self.strides[1])
+        return of_images(self.decoder, z, images).astype(jnp.float32)
+
+    def _unscaled(self, latent: Array) -> Array:
+        return latent / jnp.asarray(self.config.scale_factor) + jnp.asarray(self.config.shift_factor)
+
+    @staticmethod
+    def _images(height: int, width: int, *, stride: int) -> int:
+        """Returns how many images run at a time, of a size counted in steps of `stride` pixels."""
+        return max(1, PIXELS_AT_ONCE // (height * width * stride**2))

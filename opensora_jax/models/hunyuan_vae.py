@@ -5,26 +5,25 @@ Source: hpcaitech/Open-Sora, `opensora/models/hunyuan_vae/`; HunyuanVideo (Kong 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from opensora_jax.kernels.attention import attention
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
-from opensora_jax.models.sizes import latent_size
+from opensora_jax.models.sizes import check_frames, latent_size
 from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv3d import CausalConv3d, Conv3d, Triple, orthogonal_blur
+from opensora_jax.nn.frame_attention import frame_causal_attention
 from opensora_jax.nn.linear import Linear
 from opensora_jax.nn.norm import GroupNorm
-from opensora_jax.nn.tiling import Tiling, tiled_decode, tiled_encode
+from opensora_jax.nn.tiling import Tiling, decoded_parts, join_frames, tiled_encode
 
 
 @dataclass(frozen=True)
@@ -124,17 +123,8 @@ class FrameCausalAttention(nnx.Module):
         self.to_out = Linear(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
-        _, T, H, W, _ = x.shape
-        tokens = rearrange(self.group_norm(x), "B T H W C -> B (T H W) C")
-        q, k, v = (to(tokens)[:, :, None] for to in (self.to_q, self.to_k, self.to_v))
-        mask = jnp.asarray(frame_causal_mask(T, H * W))[None, None]
-        return x + self.to_out(attention(q, k, v, mask=mask)[:, :, 0]).reshape(x.shape)
-
-
-def frame_causal_mask(frames: int, positions: int) -> Bool[np.ndarray, "L L"]:
-    """Returns which query (first axis) sees which key: all `positions` of its own frame and of those before."""
-    frame = np.repeat(np.arange(frames), positions)
-    return frame[:, None] >= frame[None, :]
+        h = self.group_norm(x)
+        return x + self.to_out(frame_causal_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
 
 
 class MidBlock(nnx.Module):
@@ -290,16 +280,20 @@ class HunyuanVAE(nnx.Module):
         Raises: ValueError for sizes that the autoencoder cannot give back, naming the nearest that it can.
         """
         t = self.strides[0]
-        if (frames - 1) % t:
-            below = (frames - 1) // t * t + 1
-            raise ValueError(f"The autoencoder takes 1 + {t} n frames: got {frames}: use {below} or {below + t}.")
+        check_frames(frames, self.gives_back, f"1 + {t} n frames")
         return ((frames - 1) // t + 1, *latent_size(height, width, self.strides[1]))
+
+    def gives_back(self, frames: int) -> bool:
+        """Returns whether decoding the latent of so many frames gives all of them."""
+        return frames >= 1 and (frames - 1) % self.strides[0] == 0
 
     def posterior(self, video: Float[Array, "B T H W C"]) -> Posterior:
         """Returns the Gaussian over unscaled latents of pixels in [-1, 1]; log variance clipped to [-30, 20].
 
         Of a video larger than a tile it comes from the blended moments of tiles.
+        Raises: ValueError for sizes that the autoencoder cannot take.
         """
+        self.latent_shape(*video.shape[1:4])
         return Posterior.of(tiled_encode(self.config.tiling, video, self.moments))
 
     @compiled
@@ -314,8 +308,12 @@ class HunyuanVAE(nnx.Module):
 
     def decode(self, latent: Float[Array, "B t h w Z"]) -> Float[Array, "B T H W C"]:
         """Returns pixels, about [-1, 1], of a scaled latent."""
+        return join_frames(self.decode_parts(latent))
+
+    def decode_parts(self, latent: Float[Array, "B t h w Z"]) -> Iterator[Float[Array, "B T H W C"]]:
+        """Yields the frames of `decode` in parts, each as soon as it is ready; temporal tiles make several."""
         z = latent / jnp.asarray(self.config.scale_factor) + jnp.asarray(self.config.shift_factor)
-        return tiled_decode(self.config.tiling, z, self.reconstruct)
+        return decoded_parts(self.config.tiling, z, self.reconstruct)
 
     @compiled
     def reconstruct(self, z: Float[Array, "B t h w Z"]) -> Float[Array, "B T H W C"]:

@@ -13,14 +13,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from opensora_jax.kernels.attention import attention
 from opensora_jax.nn.conv2d import Conv2d, image_blur
+from opensora_jax.nn.frame_attention import frame_causal_attention
 from opensora_jax.nn.linear import Linear
 from opensora_jax.nn.norm import GroupNorm
 
@@ -80,8 +79,8 @@ class ImageAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
         h = self.group_norm(x)
-        q, k, v = (rearrange(to(h), "N H W C -> N (H W) 1 C") for to in (self.to_q, self.to_k, self.to_v))
-        return x + self.to_out(attention(q, k, v).reshape(x.shape))
+        q, k, v = (to(h)[:, None] for to in (self.to_q, self.to_k, self.to_v))  # each a video of one frame
+        return x + self.to_out(frame_causal_attention(q, k, v)[:, 0])
 
 
 class MidBlock(nnx.Module):

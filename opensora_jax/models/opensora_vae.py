@@ -5,12 +5,11 @@ those of the published weights.
 Source: hpcaitech/Open-Sora, branch opensora/v1.2, `opensora/models/vae/vae.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -18,8 +17,9 @@ from jaxtyping import Float
 
 from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
-from opensora_jax.models.sizes import latent_size
+from opensora_jax.models.sizes import check_frames, latent_size
 from opensora_jax.models.temporal_vae import TemporalVAE, TemporalVAEConfig
+from opensora_jax.nn.chunks import cut, in_chunks, of_images
 from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv2d import Conv2d
 from opensora_jax.nn.conv3d import Triple
@@ -103,20 +103,6 @@ class OpenSoraVAEConfig:
         return chunks * self.micro_frame_size + (1 + (rest - 1) * self.vae_temporal.stride if rest else 0)
 
 
-def in_chunks(function: Callable[[Array], Array], x: Array, size: int | None, axis: int) -> Array:
-    """Returns `function` of every `size` entries of an axis and of what is left, joined along it again.
-
-    Whole chunks run one after the other in one loop, which is compiled once and needs the memory of one.
-    """
-    if size is None or x.shape[axis] <= size:
-        return function(x)
-    count = x.shape[axis] // size
-    whole, rest = jnp.split(x, [count * size], axis)
-    y = jnp.moveaxis(jax.lax.map(function, jnp.stack(jnp.split(whole, count, axis))), 0, axis)
-    y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
-    return jnp.concatenate([y, function(rest)], axis) if rest.shape[axis] else y
-
-
 class SpatialVAE(nnx.Module):
     """SDXL's image autoencoder: frames to scaled latents of frames, `micro_batch` images at a time."""
 
@@ -131,16 +117,12 @@ class SpatialVAE(nnx.Module):
 
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B T h w Z"]:
         """Returns the scaled latent of every frame: its posterior's mode, or a draw when a key is given."""
-        moments = self._each_image(lambda images: self.quant_conv(self.encoder(images)), video)
+        moments = of_images(lambda images: self.quant_conv(self.encoder(images)), video, self.micro_batch)
         return SPATIAL_SCALE * Posterior.of(moments).latent(key)
 
     def decode(self, latent: Float[Array, "B T h w Z"]) -> Float[Array, "B T H W C"]:
         """Returns the frames of scaled latents."""
-        return self._each_image(lambda z: self.decoder(self.post_quant_conv(z)), latent / SPATIAL_SCALE)
-
-    def _each_image(self, function: Callable[[Array], Array], x: Array) -> Array:
-        y = in_chunks(function, rearrange(x, "B T H W C -> (B T) H W C"), self.micro_batch, axis=0)
-        return rearrange(y, "(B T) H W C -> B T H W C", T=x.shape[1])
+        return of_images(lambda z: self.decoder(self.post_quant_conv(z)), latent / SPATIAL_SCALE, self.micro_batch)
 
 
 class OpenSoraVAE(nnx.Module):
@@ -169,16 +151,21 @@ class OpenSoraVAE(nnx.Module):
 
         Raises: ValueError for sizes that the autoencoder cannot give back, naming the nearest that it can.
         """
-        if frames < 1:
-            raise ValueError(f"The autoencoder takes 1 frame or more: got {frames}: use 1.")
+        check_frames(frames, self.gives_back, "1 frame or more")
         return (self.config.latent_frames(frames), *latent_size(height, width, self.strides[1]))
+
+    def gives_back(self, frames: int) -> bool:
+        """Returns whether decoding the latent of so many frames gives all of them."""
+        return frames >= 1
 
     @compiled
     def posterior(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Posterior:
         """Returns the Gaussian over unscaled latents of pixels in [-1, 1], given latents of the single frames.
 
         Those are the mode of their own posterior, or a draw from it when a key is given.
+        Raises: ValueError for sizes that the autoencoder cannot take.
         """
+        self.latent_shape(*video.shape[1:4])
         return Posterior.of(self.moments(self.spatial_vae.encode(video, key)))
 
     def moments(self, x: Float[Array, "B T h w C"]) -> Float[Array, "B t h w M"]:
@@ -200,16 +187,23 @@ class OpenSoraVAE(nnx.Module):
         """
         return self.reconstruct(latent * jnp.asarray(self.config.scale) + jnp.asarray(self.config.shift), frames)
 
+    def decode_parts(
+        self, latent: Float[Array, "B t h w Z"], *, frames: int | None = None
+    ) -> Iterator[Float[Array, "B T H W C"]]:
+        """Yields the frames of `decode` in parts, each chunk as soon as it is ready."""
+        frames = self._frames(latent.shape[1], frames)
+        size = self.config.micro_frame_size or frames
+        chunks = cut(latent, self.config.latent_frames(size), axis=1)
+        counts = (min(size, frames - start) for start in range(0, frames, size))
+        return (self.decode(chunk, frames=count) for chunk, count in zip(chunks, counts, strict=True))
+
     def reconstruct(self, z: Float[Array, "B t h w Z"], frames: int | None = None) -> Float[Array, "B T H W C"]:
         """Returns pixels of an unscaled latent, as training of the autoencoder itself uses it."""
         return self.spatial_vae.decode(self.decode_time(z, frames)).astype(jnp.float32)
 
     def decode_time(self, z: Float[Array, "B t h w Z"], frames: int | None = None) -> Float[Array, "B T h w C"]:
         """Returns the latents of single frames, as `spatial_vae` takes them, of an unscaled latent."""
-        fewest = self.config.fewest_frames(z.shape[1])
-        frames = fewest if frames is None else frames
-        if frames < 1 or self.config.latent_frames(frames) != z.shape[1]:
-            raise ValueError(f"{z.shape[1]} latent frames are of {fewest} frames or a few more: got {frames}.")
+        frames = self._frames(z.shape[1], frames)
         size = self.config.micro_frame_size or frames
         chunks, rest = divmod(frames, size)
         latents = self.config.latent_frames(size)
@@ -218,3 +212,10 @@ class OpenSoraVAE(nnx.Module):
         if chunks:
             parts.insert(0, in_chunks(lambda part: self.temporal_vae.reconstruct(part, size), whole, latents, axis=1))
         return jnp.concatenate(parts, axis=1)
+
+    def _frames(self, latent_frames: int, frames: int | None) -> int:
+        fewest = self.config.fewest_frames(latent_frames)
+        frames = fewest if frames is None else frames
+        if frames < 1 or self.config.latent_frames(frames) != latent_frames:
+            raise ValueError(f"{latent_frames} latent frames are of {fewest} frames or a few more: got {frames}.")
+        return frames

@@ -1,4 +1,18 @@
-"""The sizes that an autoencoder takes, and what its latent measures: the same rule for all of them."""
+"""The sizes that an autoencoder takes, and what its latent measures: the same rules for all of them."""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+FAR = 1000  # frames, between which and the next ones that fit nobody looks further
+
+
+@runtime_checkable
+class GivesBack(Protocol):
+    """What of an autoencoder says whether a clip can be decoded again."""
+
+    def gives_back(self, frames: int) -> bool:
+        """Returns whether decoding the latent of so many frames gives all of them."""
+        ...
 
 
 def latent_size(height: int, width: int, stride: int) -> tuple[int, int]:
@@ -12,3 +26,26 @@ def latent_size(height: int, width: int, stride: int) -> tuple[int, int]:
             f"The autoencoder takes heights and widths divisible by {stride}: got {height}x{width}: use {near}."
         )
     return height // stride, width // stride
+
+
+def check_frames(frames: int, fits: Callable[[int], bool], takes: str) -> None:
+    """Raises: ValueError for a number of frames below 1 or that does not fit, saying what does."""
+    if frames < 1 or not fits(frames):
+        raise ValueError(f"The autoencoder takes {takes}: got {frames}: {_nearest(frames, fits)}.")
+
+
+def check_gives_back(autoencoder: GivesBack, frames: int) -> None:
+    """Raises: ValueError for a clip that is encoded but not decoded to all its frames, naming the nearest that are."""
+    if not autoencoder.gives_back(frames):
+        raise ValueError(
+            f"The autoencoder decodes a latent frame that is alone, in its clip or its tile, as an image, so it gives "
+            f"back fewer than {frames} frames: {_nearest(frames, autoencoder.gives_back)}."
+        )
+
+
+def _nearest(frames: int, fits: Callable[[int], bool]) -> str:
+    """Returns "use A or B": the next numbers of frames that fit, below and above."""
+    frames = max(frames, 0)
+    below = next((n for n in range(frames - 1, 0, -1) if fits(n)), None)
+    above = next((n for n in range(frames + 1, frames + FAR) if fits(n)), None)
+    return "use " + " or ".join(str(n) for n in (below, above) if n is not None)

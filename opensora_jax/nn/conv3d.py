@@ -1,11 +1,11 @@
-"""Causal 3D convolution, computed as one 2D convolution per tap of time, or on CPUs by tiles (nn/winograd.py).
+"""Causal 3D convolution; on CPUs computed as one 2D convolution per tap of time, or by tiles (nn/winograd.py).
 
-XLA's own 3D convolution is 2.4 times slower on CPUs; the sum over taps accumulates in float32 whatever the dtype.
+XLA's own 3D convolution is 2.4 times slower on CPUs. Elsewhere it is the better one: the parts of a sum over taps would
+lie in memory one by one, in float32.
 """
 
 from functools import partial, reduce
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -14,10 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from opensora_jax.nn import winograd
-from opensora_jax.nn.convolve import convolve
+from opensora_jax.nn.convolve import Triple, by_platform, convolve, convolve_videos, on_several_devices
 from opensora_jax.nn.linear import Init
-
-Triple = tuple[int, int, int]
 
 
 def orthogonal_point(rng: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -72,8 +70,24 @@ class Conv3d(nnx.Module):
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         if x.shape[1] == 1:  # all taps see the one frame
             kernel = kernel.sum(0, keepdims=True)
-        run = _by_tiles if winograd.is_faster(x.shape, kernel.shape, self.strides) else _by_taps
-        return (run(x, kernel, self.strides) + self.bias[...]).astype(self.dtype)
+        return (_convolve(x, kernel, self.strides) + self.bias[...]).astype(self.dtype)
+
+
+def _convolve(x: Array, kernel: Array, strides: Triple) -> Array:
+    by_taps = partial(_by_taps, strides=strides)
+    if len(kernel) == 1:
+        return by_taps(x, kernel)
+    is_tiled = winograd.is_faster(x.shape, kernel.shape, strides) and not on_several_devices(x, kernel)
+    run = by_platform(
+        winograd.convolve_causal if is_tiled else by_taps, partial(_whole, strides=strides), cpu_backwards=by_taps
+    )
+    return run(x, kernel)
+
+
+def _whole(x: Array, kernel: Array, strides: Triple) -> Array:
+    """Returns XLA's own convolution, its sums rounded once to the dtype of `x`."""
+    padded = jnp.concatenate([jnp.repeat(x[:, :1], len(kernel) - 1, axis=1), x], axis=1)
+    return convolve_videos(padded, kernel, strides, ((0, 0),) * 3)
 
 
 def _by_taps(x: Array, kernel: Array, strides: Triple) -> Array:
@@ -91,25 +105,6 @@ def _tap(x: Array, kernel: Array, delay: int, strides: Triple) -> Array:
         seen = jnp.concatenate([x[:, :1], x[:, first * step - delay : (frames - 1) * step - delay + 1 : step]], axis=1)
     y = conv_frames(seen, kernel, strides[1:])
     return jnp.concatenate([jnp.repeat(y[:, :1], first - 1, axis=1), y], axis=1) if first > 1 else y
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _by_tiles(x: Array, kernel: Array, strides: Triple) -> Array:
-    """Returns the same faster on CPUs; its gradients are those of the taps."""
-    return jax.lax.platform_dependent(
-        x, kernel, cpu=winograd.convolve_causal, default=partial(_by_taps, strides=strides)
-    )
-
-
-def _forward(x: Array, kernel: Array, strides: Triple) -> tuple[Array, tuple[Array, Array]]:
-    return _by_tiles(x, kernel, strides), (x, kernel)
-
-
-def _backward(strides: Triple, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, ...]:
-    return jax.vjp(partial(_by_taps, strides=strides), *kept)[1](gradient)
-
-
-_by_tiles.defvjp(_forward, _backward)
 
 
 class CausalConv3d(nnx.Module):

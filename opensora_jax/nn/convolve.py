@@ -2,10 +2,12 @@
 
 On a CPU a large one runs in parts. XLA hands it to Eigen, which unrolls the windows of all outputs at a time: beyond a
 few million values, the product of outputs and window, it falls out of the caches and takes twice as long or more.
-Backwards it stays whole, since XLA is slow at the gradients of a loop of convolutions.
+Backwards it stays whole, since XLA is slow at the gradients of a loop of convolutions. So it does where several devices
+share the work: they exchange the seams of a convolution, and would gather all that a loop takes its parts from.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -19,6 +21,8 @@ DEEP = 64  # channels from which parts are faster
 WIDE = 512  # channels from which a product of matrices is faster than Eigen's convolution
 
 Strides = tuple[int, int]
+Triple = tuple[int, int, int]
+Run = Callable[[Array, Array], Array]  # of (x, kernel)
 
 
 def convolve(x: Float[Array, "N H W C"], kernel: Float[Array, "h w C D"], strides: Strides) -> Float[Array, "N p q D"]:
@@ -26,14 +30,48 @@ def convolve(x: Float[Array, "N H W C"], kernel: Float[Array, "h w C D"], stride
     outputs = x.shape[0] * math.prod(_outputs(x.shape, kernel.shape, strides))
     deep, wide = kernel.shape[2] >= DEEP, kernel.shape[2] >= WIDE
     large = wide or (deep and outputs * math.prod(kernel.shape[:3]) > LARGEST_PART)
-    return _large(x, kernel, strides) if large else _whole(x, kernel, strides)
+    whole = partial(_whole, strides=strides)
+    if not large or on_several_devices(x, kernel):
+        return whole(x, kernel)
+    return by_platform(partial(_in_parts, strides=strides), whole, cpu_backwards=whole)(x, kernel)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _large(x: Array, kernel: Array, strides: Strides) -> Array:
-    return jax.lax.platform_dependent(
-        x, kernel, cpu=partial(_in_parts, strides=strides), default=partial(_whole, strides=strides)
-    )
+def convolve_videos(
+    x: Float[Array, "B T H W C"], kernel: Float[Array, "t h w C D"], strides: Triple, zeros: tuple[tuple[int, int], ...]
+) -> Float[Array, "B p q r D"]:
+    """Returns XLA's own convolution of videos, with so many zeros before and behind each axis.
+
+    Sums are rounded once, to the dtype of `x`.
+    """
+    return jax.lax.conv_general_dilated(x, kernel, strides, zeros, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+
+
+def on_several_devices(*arrays: Array) -> bool:
+    """Returns whether any of them belongs to a mesh of several devices: its type says so, also while it is traced."""
+    return any(jax.typeof(array).sharding.mesh.size > 1 for array in arrays)
+
+
+def by_platform(cpu: Run, default: Run, *, cpu_backwards: Run) -> Run:
+    """Returns a convolution computed in one way on CPUs and in another elsewhere.
+
+    Gradients are those of `cpu_backwards` and `default`. Nothing but the operands is kept for them.
+    """
+
+    @jax.custom_vjp
+    def run(x: Array, kernel: Array) -> Array:
+        return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+    def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+        return run(x, kernel), (x, kernel)
+
+    def backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, ...]:
+        def of(run: Run) -> Callable[..., tuple[Array, ...]]:
+            return lambda gradient, *kept: jax.vjp(run, *kept)[1](gradient)
+
+        return jax.lax.platform_dependent(gradient, *kept, cpu=of(cpu_backwards), default=of(default))
+
+    run.defvjp(forward, backward)
+    return run
 
 
 def _outputs(x: tuple[int, ...], kernel: tuple[int, ...], strides: Strides) -> tuple[int, int]:
@@ -90,14 +128,3 @@ def _in_parts(x: Array, kernel: Array, strides: Strides) -> Array:
 
     y = jax.lax.map(strip_of, jnp.arange(images * strips))
     return y.reshape(images, strips * each, columns, -1)[:, :rows]
-
-
-def _forward(x: Array, kernel: Array, strides: Strides) -> tuple[Array, tuple[Array, Array]]:
-    return _large(x, kernel, strides), (x, kernel)
-
-
-def _backward(strides: Strides, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, ...]:
-    return jax.vjp(partial(_whole, strides=strides), *kept)[1](gradient)
-
-
-_large.defvjp(_forward, _backward)

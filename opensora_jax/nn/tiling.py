@@ -7,7 +7,7 @@ Source: hpcaitech/Open-Sora, `opensora/models/hunyuan_vae/autoencoder_kl_causal_
 `opensora/models/dc_ae/models/dc_ae.py`, which follow tiling in diffusers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -49,6 +49,14 @@ class Tiling:
         if self.use_spatial_tiling:
             self._check(self.spatial_tile_size, max(space), "pixels")
 
+    def latent_tiles(self, latent_frames: int) -> list[int]:
+        """Returns how many latent frames each temporal tile of a decode has."""
+        span, first = _Span.of(*_axes(self)[0], encode=False), int(self.is_causal)
+        if not self.use_temporal_tiling or latent_frames <= span.tile:
+            return [latent_frames]
+        starts = range(0, latent_frames - first, span.step)
+        return [min(span.tile + first, latent_frames - start) for start in starts]
+
     def _check(self, size: int, stride: int, unit: str) -> None:
         whole = stride * Fraction(self.tile_overlap_factor).limit_denominator(1000).denominator
         if size < 1 or size % whole:
@@ -63,12 +71,25 @@ def tiled_encode(tiling: Tiling, video: Float[Array, "B T H W C"], encode_tile: 
 
     `encode_tile` gives latents, or moments: of a posterior those are blended, never draws from it.
     """
-    return _tiled(tiling, video, encode_tile, [_Span.of(*axis, encode=True) for axis in _axes(tiling)])
+    return join_frames(_parts(tiling, video, encode_tile, encode=True))
 
 
 def tiled_decode(tiling: Tiling, latent: Float[Array, "B t h w Z"], decode_tile: OfTile) -> Float[Array, "B T H W C"]:
     """Returns `decode_tile(latent)`, tile by tile where the latent is larger than that of a tile."""
-    return _tiled(tiling, latent, decode_tile, [_Span.of(*axis, encode=False) for axis in _axes(tiling)])
+    return join_frames(decoded_parts(tiling, latent, decode_tile))
+
+
+def decoded_parts(
+    tiling: Tiling, latent: Float[Array, "B t h w Z"], decode_tile: OfTile
+) -> Iterator[Float[Array, "B T H W C"]]:
+    """Yields the frames of `tiled_decode` in parts: those that no further temporal tile changes, as each is ready."""
+    return _parts(tiling, latent, decode_tile, encode=False)
+
+
+def join_frames(parts: Iterable[Float[Array, "B T H W C"]]) -> Float[Array, "B T H W C"]:
+    """Returns parts of a video as one."""
+    first, *rest = parts
+    return jnp.concatenate([first, *rest], TIME) if rest else first
 
 
 class _Span(NamedTuple):
@@ -92,9 +113,9 @@ def _axes(tiling: Tiling) -> list[tuple[int, int, float]]:
     return [(size, stride, tiling.tile_overlap_factor) for size, stride in zip(sizes, tiling.strides, strict=True)]
 
 
-def _tiled(tiling: Tiling, x: Array, run: OfTile, spans: list[_Span]) -> Array:
+def _parts(tiling: Tiling, x: Array, run: OfTile, *, encode: bool) -> Iterator[Array]:
     """Time comes first; each of its tiles is cut in space like a video of its own."""
-    time, rows, columns = spans
+    time, rows, columns = (_Span.of(*axis, encode=encode) for axis in _axes(tiling))
 
     def in_space(x: Array) -> Array:
         if tiling.use_spatial_tiling and (x.shape[ROWS] > rows.tile or x.shape[COLUMNS] > columns.tile):
@@ -103,20 +124,20 @@ def _tiled(tiling: Tiling, x: Array, run: OfTile, spans: list[_Span]) -> Array:
 
     if tiling.use_temporal_tiling and x.shape[TIME] > time.tile:
         return _over_time(x, in_space, time, first=int(tiling.is_causal))
-    return in_space(x)
+    return iter([in_space(x)])
 
 
-def _over_time(x: Array, run: OfTile, span: _Span, first: int) -> Array:
+def _over_time(x: Array, run: OfTile, span: _Span, first: int) -> Iterator[Array]:
     """`first` is how many frames, 0 or 1, a tile has more because they stand for no others."""
-    kept, before = [], None
+    before = None
     for start in range(0, x.shape[TIME] - first, span.step):
         tile = run(_cut(x, {TIME: (start, span.tile + first)}))
         if start:
             tile = tile[:, first:]
         join = _Join(TIME, span.overlap, span.keep + (0 if start else first))
         part, (before,) = _joined(tile, (before,), (join,))
-        kept.append(part)
-    return jnp.concatenate(kept, TIME)
+        del tile
+        yield part
 
 
 def _over_space(x: Array, run: OfTile, rows: _Span, columns: _Span) -> Array:

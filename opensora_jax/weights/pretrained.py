@@ -31,8 +31,11 @@ from opensora_jax.models.mmdit import MMDiT, MMDiTConfig
 from opensora_jax.models.opensora_vae import OpenSoraVAE, OpenSoraVAEConfig
 from opensora_jax.models.t5 import T5Config, T5Encoder
 from opensora_jax.parallel.rules import param_shardings
+from opensora_jax.weights.adapter import read_adapter
+from opensora_jax.weights.constants import check_constants
 from opensora_jax.weights.files import open_checkpoint, read_json
 from opensora_jax.weights.layouts import to_fused, to_split
+from opensora_jax.weights.lora import merge_adapter
 from opensora_jax.weights.lpips_files import is_lpips, open_lpips
 from opensora_jax.weights.params import load_params, published_tensors, with_stored_dtypes
 from opensora_jax.weights.rename import rename_keys
@@ -86,6 +89,7 @@ class Source:
     strict_load: bool = True  # False: load what fits, initialise and list the rest
     layout: Literal["same", "flux", "opensora"] = "same"  # of the file, where it is not the model's
     part: str | None = None  # the state dict to take from a torch file with several
+    adapter: str | None = None  # folder of a LoRA in PEFT's format, to be merged into the weights
 
 
 SOURCE_FIELDS = tuple(field.name for field in fields(Source))
@@ -121,13 +125,22 @@ def load(section: Section, kinds: Kinds, where: str, *, dtype: DTypeLike, mesh: 
     where the run kept one, and a measured latent normalisation (`latent.json`) replaces that of the section.
     Raises: UserError when there are no weights, or those of another network.
     """
-    module, config = parse_model(section, kinds, where)
     params = load_weights(section, kinds, where, dtype=dtype, mesh=mesh, param_dtype=dtype)
-    measured = Path(section["from_pretrained"]) / "latent.json"
-    if measured.is_file() and hasattr(config, LATENT_FIELDS[0]):
-        found = read_json(measured)
-        config = replace(config, **{name: tuple(found[name]) for name in LATENT_FIELDS})
+    module, config = parse_measured(section, kinds, where)
     return nnx.merge(_abstract(module, config, dtype)[0], params)
+
+
+def parse_measured(section: Section, kinds: Kinds, where: str) -> tuple[type, Any]:
+    """Returns what `parse_model` does, with the latent normalisation measured beside the weights, where there is one.
+
+    Raises: UserError as `parse_model`.
+    """
+    module, config = parse_model(section, kinds, where)
+    measured = Path(section["from_pretrained"] or "") / "latent.json"
+    if not measured.is_file() or not hasattr(config, LATENT_FIELDS[0]):
+        return module, config
+    found = read_json(measured)
+    return module, replace(config, **{name: tuple(found[name]) for name in LATENT_FIELDS})
 
 
 def create(section: Section, kinds: Kinds, where: str, *, dtype: DTypeLike, mesh: Mesh, seed: int) -> nnx.Module:
@@ -145,13 +158,20 @@ def load_weights(
 ) -> nnx.State:
     """Returns the parameters of a section, read from where it says straight to the mesh's devices.
 
-    They come in `param_dtype`, or as they are stored where it is None.
+    They come in `param_dtype`, or as they are stored where it is None. A LoRA that the section names is part of them.
 
-    Raises: UserError when there are no weights, or those of another network.
+    Raises: UserError when there are no weights, or those of another network, and for a LoRA that does not fit.
     """
     module, config = parse_model(section, kinds, where)
     source = parse_source(section, where)
     path = find_weights(source.from_pretrained, where)
+    if source.adapter is not None:
+        adapter = read_adapter(source.adapter)
+        if source.layout == "flux":
+            adapter = adapter.to_split(config.num_heads)
+        plain = {name: value for name, value in section.items() if name != "adapter"}
+        params = load_weights(plain, kinds, where, dtype=dtype, mesh=mesh, param_dtype=param_dtype)
+        return merge_adapter(section["type"], params, adapter, mesh)
     _, shapes = _abstract(module, config, dtype)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, param_dtype or x.dtype, sharding=s),
@@ -189,9 +209,10 @@ def open_source(section: Section, config: Any, where: str) -> Mapping[str, Any]:
     Raises: UserError for weights that are not there or cannot be read.
     """
     source = parse_source(section, where)
-    return _converted(
-        open_weights(find_weights(source.from_pretrained, where), part=source.part), source, config, where
-    )
+    found = open_weights(find_weights(source.from_pretrained, where), part=source.part)
+    checkpoint = _converted(found, source, config, where)
+    check_constants(config, checkpoint, where)
+    return checkpoint
 
 
 def open_weights(path: Path, *, part: str | None = None) -> Mapping[str, Any]:

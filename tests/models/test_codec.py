@@ -48,6 +48,14 @@ def test_bytes_become_pixels_and_bytes_again():
     np.testing.assert_array_equal(to_bytes(jnp.asarray([-7.0, 0.0, 7.0]).reshape(1, 1, 1, 1, 3)).ravel(), [0, 128, 255])
 
 
+def test_pixels_stay_pixels_and_bytes_stay_bytes():
+    video = clips(1)
+    pixels = np.asarray(to_pixels(video))
+    np.testing.assert_array_equal(to_pixels(pixels), pixels)
+    np.testing.assert_array_equal(to_bytes(video), video)
+    np.testing.assert_array_equal(to_bytes(pixels), video)
+
+
 @pytest.mark.parametrize("mesh", [(1, 1, 8), (2, 2, 2), (8, 1, 1)])
 def test_any_mesh_gives_the_same(mesh):
     video = clips(2)
@@ -74,7 +82,8 @@ def test_moments_come_from_the_posterior_where_there_is_one():
     mean, variance = codec().moments(clips(1))
     np.testing.assert_allclose(variance, 0.01, rtol=1e-5)
     plain = type("Plain", (), {name: getattr(Halves, name) for name in ("latent_shape", "decode")})
-    plain.encode = lambda self, video: video[:, :, ::2, ::2]
+    plain.encode = lambda self, video: 7 * plain.unscaled(self, video)
+    plain.unscaled = lambda self, video: video[:, :, ::2, ::2]
     latent, none = Codec(plain(), codec().mesh).moments(clips(1))
     np.testing.assert_allclose(latent, mean)
     assert not none.any()
@@ -87,6 +96,43 @@ def test_values_that_are_no_numbers_are_refused():
         codec().encode(video)
     with pytest.raises(UserError, match="96 of 96 latents are NaN"):
         codec().decode(jnp.full((1, 2, 4, 4, 3), np.nan), 2)
+
+
+class Strange(Halves):
+    """Makes numbers of no use of white clips, on the way back."""
+
+    def decode(self, latent):
+        white = (latent > 0.99).all((1, 2, 3, 4), keepdims=True)
+        return jnp.where(white, jnp.nan, super().decode(latent))
+
+
+def test_decoded_pixels_that_are_no_numbers_are_refused():
+    strange = Codec(Strange(), codec().mesh)
+    with pytest.raises(UserError, match="192 of 384 decoded pixels are NaN"):
+        strange.decode(jnp.zeros((2, 2, 2, 4, 3)).at[1].set(1.0), 2)
+
+
+def test_a_reconstruction_says_which_clips_are_numbers_and_leaves_the_others_alone():
+    class Worse(Strange):
+        def encode(self, video, key=None):
+            return jnp.where((video < -0.99).all((1, 2, 3, 4), keepdims=True), jnp.inf, super().encode(video, key))
+
+    video = clips(4)
+    video[1], video[2] = 255, 0
+    made, good = Codec(Worse(), codec().mesh).reconstruct(video)
+    np.testing.assert_array_equal(good, [True, False, False, True])
+    np.testing.assert_array_equal(made[::3], Codec(Halves(), codec().mesh).decode(codec().encode(video[::3]), 3))
+
+
+def test_nothing_to_encode_or_to_decode_is_refused():
+    with pytest.raises(UserError, match="got a batch of no videos"):
+        codec().encode(np.zeros((0, 3, 4, 4, 3), np.uint8))
+    with pytest.raises(UserError, match="got 1 latents of 0 frames"):
+        codec().decode(jnp.zeros((1, 0, 2, 2, 3)), 0)
+    with pytest.raises(UserError, match="got 0 latents of 3 frames"):
+        codec().decode(jnp.zeros((0, 3, 2, 2, 3)), 3)
+    with pytest.raises(UserError, match="3 latent frames are decoded to 3 frames: 5 were asked for"):
+        codec().decode(jnp.zeros((1, 3, 2, 2, 3)), 5)
 
 
 def test_sizes_that_do_not_fit_are_refused_with_some_that_do():

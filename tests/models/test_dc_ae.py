@@ -11,6 +11,7 @@ from flax import nnx
 from configs.diffusion.inference import high_compression
 from opensora_jax.models.dc_ae import DCAE
 from opensora_jax.models.dc_ae_config import DCAEConfig, DecoderConfig, EncoderConfig
+from opensora_jax.models.sizes import check_gives_back
 from opensora_jax.weights.pretrained import AUTOENCODERS, parse_model
 
 BLOCKS = ("ResBlock", ("EViT_GLU",), "ResBlock")
@@ -55,7 +56,7 @@ def test_sizes_the_autoencoder_cannot_take_are_refused_with_the_nearest():
     model = nnx.eval_shape(lambda: DCAE(DCAEConfig("dc-ae-f32t4c128"), rngs=nnx.Rngs(0)))
     assert model.latent_shape(32, 64, 96) == (8, 2, 3)
     assert model.latent_shape(1, 32, 32) == (1, 1, 1)
-    for frames, near in ((0, "1 or 4"), (3, "1 or 4"), (7, "4 or 8"), (33, "32 or 36")):
+    for frames, near in ((0, "1"), (-3, "1"), (3, "1 or 4"), (7, "4 or 8"), (33, "32 or 36")):
         with pytest.raises(ValueError, match=f"got {frames}: use {near}"):
             model.latent_shape(frames, 32, 32)
     with pytest.raises(ValueError, match="got 40x100: use 32x96"):
@@ -75,6 +76,36 @@ def test_shapes_go_there_and_back_but_one_latent_frame_is_an_image():
         latent, video = jax.eval_shape(there_and_back, clip(frames, 8, 12))
         assert latent.shape == (1, latents, 2, 3, 4)
         assert video.shape == (1, back, 8, 12, 3)
+
+
+def test_frames_that_decoding_does_not_give_back_are_refused_with_the_nearest_that_it_does():
+    def gives_back(**tiles):
+        config = DCAEConfig("dc-ae-f32t4c128", temporal_tile_size=32, tile_overlap_factor=0.25, **tiles)
+        return nnx.eval_shape(lambda: DCAE(config, rngs=nnx.Rngs(0)))
+
+    for tiles, refused in (({}, {4}), ({"use_temporal_tiling": True}, {4, 52, 76, 100})):
+        model = gives_back(**tiles)
+        assert {frames for frames in range(4, 124, 4) if not model.gives_back(frames)} == refused
+        with pytest.raises(ValueError, match="as an image, so it gives back fewer than 4 frames: use 1 or 8"):
+            check_gives_back(model, 4)
+    with pytest.raises(ValueError, match="fewer than 52 frames: use 48 or 56"):
+        check_gives_back(model, 52)
+    check_gives_back(model, 1)
+    assert not model.gives_back(6)
+
+
+def test_what_it_says_of_frames_is_what_decoding_gives():
+    config = replace(VIDEO, use_temporal_tiling=True, temporal_tile_size=8)
+    model = nnx.eval_shape(lambda: DCAE(config, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(model)
+
+    def there_and_back(params, video):
+        model = nnx.merge(graph, params)
+        return model.decode(model.encode(video))
+
+    for frames in (1, 2, 4, 8, 10, 14, 16):
+        back = jax.eval_shape(there_and_back, params, clip(frames, 4, 4)).shape[1]
+        assert (back == frames) == model.gives_back(frames), frames
 
 
 def test_the_scaling_factor_divides_latents_and_cancels_in_decoding():

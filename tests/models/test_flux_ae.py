@@ -47,8 +47,12 @@ def test_any_number_of_frames_fits_and_other_sizes_are_refused_with_the_nearest(
     assert [model.latent_shape(frames, 8, 12) for frames in (1, 7)] == [(1, 4, 6), (7, 4, 6)]
     with pytest.raises(ValueError, match="got 8x13: use 8x12"):
         model.latent_shape(9, 8, 13)
-    with pytest.raises(ValueError, match="1 frame or more: got 0"):
+    with pytest.raises(ValueError, match="1 frame or more: got 0: use 1"):
         model.latent_shape(0, 8, 8)
+    with pytest.raises(ValueError, match="got 8x13: use 8x12"):
+        model.encode(jnp.zeros((1, 2, 8, 13, 3)))
+    assert not model.gives_back(0)
+    assert model.gives_back(7)
 
 
 def test_scale_and_shift_per_channel_cancel_between_encode_and_decode():

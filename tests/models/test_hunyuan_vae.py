@@ -34,6 +34,17 @@ def test_sizes_the_autoencoder_cannot_give_back_are_refused_with_the_nearest():
         model.latent_shape(7, 8, 8)
     with pytest.raises(ValueError, match="got 8x13: use 8x12"):
         model.latent_shape(9, 8, 13)
+    for frames in (0, -3):
+        with pytest.raises(ValueError, match=rf"takes 1 \+ 4 n frames: got {frames}: use 1\."):
+            model.latent_shape(frames, 8, 8)
+    assert [frames for frames in range(-4, 14) if model.gives_back(frames)] == [1, 5, 9, 13]
+
+
+def test_encoding_refuses_what_it_would_give_back_with_other_frames():
+    model = nnx.eval_shape(lambda: HunyuanVAE(CONFIG, rngs=nnx.Rngs(0)))
+    for method in (model.encode, model.posterior):
+        with pytest.raises(ValueError, match="got 7: use 5 or 9"):
+            method(jnp.zeros((1, 7, 8, 8, 3)))
 
 
 def jitted(model, method):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from opensora_jax.models.opensora_vae import OpenSoraVAE, OpenSoraVAEConfig, SpatialVAE, SpatialVAEConfig, in_chunks
+from opensora_jax.models.opensora_vae import OpenSoraVAE, OpenSoraVAEConfig, SpatialVAE, SpatialVAEConfig
 from opensora_jax.models.temporal_vae import TemporalVAEConfig
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # halves compile times
@@ -27,18 +27,6 @@ def jitted(model, method):
     graphdef, params = nnx.split(model)
     run = jax.jit(lambda params, *inputs: getattr(nnx.merge(graphdef, params), method)(*inputs), compiler_options=QUICK)
     return lambda *inputs: run(params, *inputs)
-
-
-@pytest.mark.parametrize("size", [None, 2, 3, 7, 8])
-def test_a_function_of_chunks_is_applied_to_each_and_joined(size):
-    x = jnp.arange(2 * 7 * 3.0).reshape(2, 7, 3)
-
-    def doubled(chunk):
-        return jnp.repeat(chunk, 2, axis=1) + chunk.sum(1, keepdims=True)
-
-    steps = range(0, 7, size or 7)
-    expected = jnp.concatenate([doubled(x[:, i : i + (size or 7)]) for i in steps], axis=1)
-    np.testing.assert_array_equal(in_chunks(doubled, x, size, axis=1), expected)
 
 
 def test_chunks_of_frames_know_nothing_of_each_other():
@@ -93,8 +81,11 @@ def test_sizes_are_refused_with_the_nearest():
     assert model.strides == (4, 2, 2)
     with pytest.raises(ValueError, match="got 8x13: use 8x12"):
         model.latent_shape(9, 8, 13)
-    with pytest.raises(ValueError, match="1 frame or more: got 0"):
+    with pytest.raises(ValueError, match="1 frame or more: got 0: use 1"):
         model.latent_shape(0, 8, 8)
+    with pytest.raises(ValueError, match="got 8x13: use 8x12"):
+        model.encode(jnp.zeros((1, 2, 8, 13, 3)))
+    assert [frames for frames in range(4) if model.gives_back(frames)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -35,5 +35,6 @@ def get_config() -> ConfigDict:
             },
             "num_samples": placeholder(int),
             "mesh": {"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "seq_method": "ulysses"},
+            "distributed": trained.distributed,
         }
     )

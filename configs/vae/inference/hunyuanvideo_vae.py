@@ -17,12 +17,14 @@ presets = import_module("configs.diffusion.inference.256px")
 
 def get_config() -> ConfigDict:
     sampling = presets.get_config()
+    folder = sampling.get_ref("folder")
     return ConfigDict(
         {
-            "folder": sampling.get_ref("folder"),
+            "folder": folder,
             "save_dir": "samples/hunyuanvideo_vae",
             "dtype": "bfloat16",
-            "model": sampling.ae.to_dict() | {"use_temporal_tiling": True},
+            "model": sampling.ae.to_dict()
+            | {"from_pretrained": folder + "/hunyuan_vae.safetensors", "use_temporal_tiling": True},
             "lpips": {"type": "lpips", "from_pretrained": placeholder(str), "widths": (64, 128, 256, 512, 512)},
             "dataset": {
                 "data_path": "datasets/meta.parquet",
@@ -42,5 +44,10 @@ def get_config() -> ConfigDict:
             },
             "num_samples": placeholder(int),
             "mesh": {"data": 1, "fsdp": 1, "seq": 1, "tensor": -1, "seq_method": "ulysses"},
+            "distributed": {  # process 0's host:port, the number of processes, this one's; None: ask the cluster
+                "coordinator_address": placeholder(str),
+                "num_processes": placeholder(int),
+                "process_id": placeholder(int),
+            },
         }
     )

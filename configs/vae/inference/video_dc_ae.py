@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.save_dir = "samples/video_dc_ae"
     config.model = high_compression.get_config().ae
+    config.model.from_pretrained = config.get_ref("folder") + "/F32T4C128_AE.safetensors"
     config.dataset.spatial_unit = 32
     config.bucket_config = {"512px_ar1:1": {96: (1.0, 1)}}
     return config

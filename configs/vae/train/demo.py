@@ -86,6 +86,9 @@ def get_config() -> ConfigDict:
                 "keep_n_latest": 2,
                 "keep_every": 0,  # keep every so many steps' checkpoint for good; 0: none
                 "max_skipped": 10,  # updates with a loss or gradient that is not finite
+                "on_full_disk": "stop",  # or go_on, without that checkpoint
+                "profile": {"at": 0, "steps": 3},  # the step to profile from (0: none; SIGUSR1: now), and how many
+                "wandb": {"project": "", "name": ""},  # "": no Weights & Biases; the workdir's name
             },
         }
     )
