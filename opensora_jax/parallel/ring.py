@@ -1,10 +1,11 @@
 """Ring attention: keys and values of a sample travel around the devices that share its tokens.
 
-Every device keeps its queries and meets the keys of one device after another; the sums of a softmax are kept in
-float32 and rescaled as the largest logit grows. The backward pass goes around once more, and the gradients of keys and
-values travel along with them, so that no more than one block of logits is ever held.
+Every device keeps its queries and meets the keys of one device after another, by the same kernels as attention on one
+device (kernels/flash.py). Results are merged in float32 by the logsumexp of their logits, and the backward pass starts
+from that of all keys, so no block needs the others. It goes around once more, and the gradients of keys and values
+travel along with them. Logits are never held.
 
-Source: Liu, Zaharia and Abbeel 2023 (arXiv:2310.01889); the running softmax is that of Milakov and Gimelshein 2018.
+Source: Liu, Zaharia and Abbeel 2023 (arXiv:2310.01889); the merge is that of Dao 2023 (arXiv:2307.08691).
 """
 
 from collections.abc import Callable
@@ -13,16 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
+from opensora_jax.kernels import flash
+from opensora_jax.kernels.flash import ATTENTION
 from opensora_jax.parallel.tokens import SharedTokens
-
-ATTENTION = "attention"  # what a policy of rematerialisation calls the results of attention
-LOWEST = -1e30  # below every logit and finite, so that differences of it are numbers
-
-_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -35,36 +34,28 @@ def ring_attention(
 
 def _forward(q: Array, k: Array, v: Array, shared: SharedTokens) -> tuple[Array, tuple[Array, ...]]:
     def meet(
-        sums: tuple[Array, ...], _: tuple, k: Array, v: Array, step: Array | int
-    ) -> tuple[tuple[Array, ...], tuple]:
-        seen, peak, total = sums
-        logits = _logits(q, k, shared, step)
-        higher = jnp.maximum(peak, logits.max(-1))
-        weights, shrink = jnp.exp(logits - higher[..., None]), jnp.exp(peak - higher)
-        seen = seen * shrink[..., None] + _product("BNLS,BSNK->BNLK", weights.astype(v.dtype), v)
-        return (seen, higher, total * shrink + weights.sum(-1)), ()
+        known: tuple[Array, Array], _: tuple, k: Array, v: Array, step: Array | int
+    ) -> tuple[tuple[Array, Array], tuple]:
+        (out, lse), real = known, _real(shared, step)
+        block, block_lse = flash.forward(q, k, v, real, scale=q.shape[-1] ** -0.5, dtype=jnp.float32)
+        both = jnp.logaddexp(lse, block_lse)
+        return (out * _weight(lse - both) + block * _weight(block_lse - both), both), ()
 
-    B, L, N, K = q.shape
-    zeros = jnp.zeros((B, N, L), jnp.float32)
-    sums = (jnp.zeros((B, N, L, K), jnp.float32), zeros + LOWEST, zeros)
-    (seen, peak, total), _ = _around(meet, sums, (), k, v, shared)
-    out = jnp.einsum("BNLK->BLNK", seen / total[..., None]).astype(v.dtype)
+    B, L, N, _ = q.shape
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((B, N, L), -jnp.inf, jnp.float32)
+    (out, lse), _ = _around(meet, nothing, (), k, v, shared)
     # Where a policy keeps these two, the backward pass of a layer does not go around forwards again.
-    out, log_total = (checkpoint_name(kept, ATTENTION) for kept in (out, peak + jnp.log(total)))
-    return out, (q, k, v, out, log_total)
+    out, lse = (checkpoint_name(kept, ATTENTION) for kept in (out.astype(v.dtype), lse))
+    return out, (q, k, v, out, lse)
 
 
 def _backward(shared: SharedTokens, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
-    q, k, v, out, log_total = kept
-    centre = _product("BLNK,BLNK->BNL", gradient, out)
+    q, k, v, out, lse = kept
 
     def meet(dq: Array, dkv: tuple[Array, Array], k: Array, v: Array, step: Array | int) -> tuple[Array, tuple]:
-        weights = jnp.exp(_logits(q, k, shared, step) - log_total[..., None])
-        dlogits = weights * (_product("BLNK,BSNK->BNLS", gradient, v) - centre[..., None])
-        dlogits = (dlogits * q.shape[-1] ** -0.5).astype(q.dtype)
-        dk = dkv[0] + _product("BNLS,BLNK->BSNK", dlogits, q)
-        dv = dkv[1] + _product("BNLS,BLNK->BSNK", weights.astype(v.dtype), gradient)
-        return dq + _product("BNLS,BSNK->BLNK", dlogits, k), (dk, dv)
+        options = {"scale": q.shape[-1] ** -0.5, "dtype": jnp.float32}
+        by_q, by_k, by_v = flash.backward(q, k, v, _real(shared, step), gradient, out, lse, **options)
+        return dq + by_q, (dkv[0] + by_k, dkv[1] + by_v)
 
     dq, dk, dv = (jnp.zeros(part.shape, jnp.float32) for part in (q, k, v))
     dq, (dk, dv) = _around(meet, dq, (dk, dv), k, v, shared)
@@ -96,10 +87,13 @@ def _pass_on(parts: Any, shared: SharedTokens) -> Any:
     return jax.tree.map(lambda part: jax.lax.ppermute(part, shared.axis, neighbours), parts)
 
 
-def _logits(q: Array, k: Array, shared: SharedTokens, step: Array | int) -> Float[Array, "B N L S"]:
-    """Returns the logits of the keys that arrive after `step` steps; those of padding are minus infinity."""
-    logits = _product("BLNK,BSNK->BNLS", q, k) * q.shape[-1] ** -0.5
+def _real(shared: SharedTokens, step: Array | int) -> Bool[Array, "1 L"] | None:
+    """Returns which of the keys that arrive after `step` steps are no padding; None for all."""
     if shared.real is None:
-        return logits
+        return None
     owner = (jax.lax.axis_index(shared.axis) - step) % shared.shards
-    return jnp.where(jnp.asarray(shared.real)[owner], logits, -jnp.inf)
+    return jnp.asarray(shared.real)[owner][None]
+
+
+def _weight(log: Float[Array, "B N L"]) -> Float[Array, "B L N 1"]:
+    return rearrange(jnp.exp(log), "B N L -> B L N 1")

@@ -17,15 +17,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, PartitionSpec, get_abstract_mesh
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Float
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.kernels.attention import attention
-from opensora_jax.parallel.gather import over_tensor, split_module
+from opensora_jax.parallel.gather import split_module
 from opensora_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, check_heads, data_shards, token_axis
-from opensora_jax.parallel.ring import ATTENTION, ring_attention
+from opensora_jax.parallel.ring import ring_attention
 from opensora_jax.parallel.tokens import SharedTokens, length, pad, token_specs
 
 Heads = Float[Array, "B L N K"]
@@ -68,14 +67,16 @@ def attend(q: Heads, k: Heads, v: Heads, shared: SharedTokens | None) -> Heads:
 
     Raises: UserError for heads that the mesh cannot split.
     """
-    if shared is None:
-        return _plain(q, k, v, shared)
-    mesh, heads = get_abstract_mesh(), PartitionSpec(None, None, "tensor")
-    check_heads(q.shape[2], mesh)
-    if q.shape[2] % mesh.shape["tensor"]:
-        return _plain(q, k, v, shared)
-    method = _plain if shared.shards == 1 else METHODS[shared.axis]
-    return over_tensor(partial(method, shared=shared), (heads,) * 3, heads)(q, k, v)
+    mesh, method = get_abstract_mesh(), attention
+    if shared is not None:
+        check_heads(q.shape[2], mesh)
+        method = attention if shared.shards == 1 else partial(METHODS[shared.axis], shared=shared)
+    if mesh.shape.get("tensor", 1) == 1:
+        return method(q, k, v)
+    heads = PartitionSpec(None, None, "tensor") if q.shape[2] % mesh.shape["tensor"] == 0 else PartitionSpec()
+    # kernels run where no axis is left to the compiler, not even one of a single device
+    left = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual}
+    return jax.shard_map(method, in_specs=(heads,) * 3, out_specs=heads, axis_names=left, check_vma=False)(q, k, v)
 
 
 def ulysses(q: Heads, k: Heads, v: Heads, shared: SharedTokens) -> Heads:
@@ -83,14 +84,10 @@ def ulysses(q: Heads, k: Heads, v: Heads, shared: SharedTokens) -> Heads:
     trade = partial(jax.lax.all_to_all, axis_name=shared.axis, tiled=True)
     q, k, v = (trade(part, split_axis=2, concat_axis=1) for part in (q, k, v))
     mask = None if shared.real is None else jnp.asarray(shared.real.reshape(1, 1, 1, -1))
-    return checkpoint_name(trade(attention(q, k, v, mask=mask), split_axis=1, concat_axis=2), ATTENTION)
+    return trade(attention(q, k, v, mask=mask), split_axis=1, concat_axis=2)
 
 
 METHODS: dict[str, Callable[..., Heads]] = {TOKEN_AXES["ulysses"]: ulysses, TOKEN_AXES["ring"]: ring_attention}
-
-
-def _plain(q: Heads, k: Heads, v: Heads, shared: SharedTokens | None) -> Heads:
-    return checkpoint_name(attention(q, k, v), ATTENTION)
 
 
 def _check_batch(batch: int, mesh: AbstractMesh) -> None:
