@@ -13,7 +13,8 @@ PACKAGE = "opensora_jax"
 # folder -> the folders it may import besides itself and config
 BELOW_ASSEMBLY = {"weights", "diffusion", "data", "models", "nn", "parallel", "kernels"}
 MAY_IMPORT = {
-    "commands": BELOW_ASSEMBLY | {"training", "inference"},  # the files at the top
+    "commands": BELOW_ASSEMBLY | {"training", "inference", "forecast"},  # the files at the top
+    "forecast": BELOW_ASSEMBLY | {"training", "inference"},
     "training": BELOW_ASSEMBLY,
     "inference": BELOW_ASSEMBLY,
     "weights": {"models", "nn", "parallel", "kernels"},

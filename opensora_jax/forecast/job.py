@@ -1,0 +1,72 @@
+"""A job: one thing to compile, told in JSON, so that a process of its own can do it and its answer can be kept."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+SOURCES = Path(__file__).parents[1]
+FOLDERS = ("kernels", "parallel", "nn", "models", "diffusion", "weights", "training", "inference")
+MAKERS = ("programs.py", "parts.py", "compile.py", "count.py")  # of this folder; the others read what was compiled
+UNUSED_FIELDS = ("from_pretrained", "adapter", "rename_keys", "strict_load", "layout")  # of a network's section
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compile: the sections of a config, the part of it (a bucket, or branches of guidance), and for what."""
+
+    kind: Literal["train", "sample", "decode"]
+    title: str
+    topology: str
+    sections: dict[str, Any]
+    subject: Any  # train: the fields of a bucket; sample: branches
+    options: dict[str, Any] = field(default_factory=dict)  # of the compiler
+
+    @property
+    def key(self) -> str:
+        """What the answer depends on, as a name."""
+        relevant = asdict(self) | {"title": "", "versions": versions(), "sources": sources_digest()}
+        relevant["sections"] = {name: without_files(value) for name, value in self.sections.items()}
+        return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+    def to_json(self) -> str:
+        """Returns the job as text."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        """Returns the job of a text."""
+        return cls(**json.loads(text))
+
+
+def without_files(section: Any) -> Any:
+    """Returns a section without what tells of files: no program depends on these."""
+    if not isinstance(section, dict):
+        return section
+    return {name: value for name, value in section.items() if name not in UNUSED_FIELDS}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that make a program."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def sources_digest() -> str:
+    """Returns a hash of the package's sources that programs are made of, as they are when it is first asked for."""
+    digest = hashlib.sha256()
+    paths = [path for folder in FOLDERS for path in (SOURCES / folder).rglob("*.py")]
+    for path in sorted([*paths, *(Path(__file__).with_name(name) for name in MAKERS)]):
+        digest.update(str(path.relative_to(SOURCES)).encode() + path.read_bytes())
+    return digest.hexdigest()

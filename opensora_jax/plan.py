@@ -1,0 +1,217 @@
+"""What a config needs and takes on a pod that is not here:
+`python -m opensora_jax.plan --config=configs/diffusion/train/stage2.py --topology=v5p:4x4x4`.
+
+Every step of the config (one for each line of `bucket_config`, at the aspect ratio with the most tokens; of a config
+that samples the sampler's steps and the decode) is compiled for the topology by its real compiler, without hardware.
+What does not fit is a result. Compiling a large model takes minutes; answers are kept, so that the same command again
+is instant. `--search` looks for the best mesh, batch size and recomputation of one bucket.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from tqdm import tqdm
+
+from opensora_jax.config.command import run
+from opensora_jax.config.errors import UserError
+from opensora_jax.config.files import write_json
+from opensora_jax.config.flag import config_flag, require
+from opensora_jax.forecast import report
+from opensora_jax.forecast.compile import compile_job
+from opensora_jax.forecast.estimate import Forecast, forecast
+from opensora_jax.forecast.facts import Facts
+from opensora_jax.forecast.job import Job
+from opensora_jax.forecast.jobs import Group, Wanted, has_auto, make_groups, parse_lines
+from opensora_jax.forecast.search import candidates
+from opensora_jax.forecast.timeline import Assumptions
+from opensora_jax.forecast.topology import check_compiler, parse_topology
+from opensora_jax.forecast.work import Failure, Workplace, pending
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opensora_jax" / "plan"
+GIB = 2**30
+BEST = 5  # candidates that a search prints
+
+
+def main(argv: list[str]) -> None:
+    """Prints the forecasts of a config, or does one job for another plan."""
+    given = flags.FLAGS
+    if given.job:
+        compile_job(Job.from_json(Path(given.job).read_text()), workplace().texts, Path(given.answer))
+        return
+    require("config", "topology")
+    topology = parse_topology(given.topology)
+    check_compiler(topology.chip)
+    groups = make_groups(given.config, topology, parse_lines(given.buckets), compiler_options(given.xla))
+    if given.search:
+        groups = search(groups)
+    if has_auto(given.config):
+        print('Batch sizes "auto" are forecast with 1 sample of a data shard.')
+    found = forecasts([wanted.job for group in groups for wanted in group.wanted])
+    answers = [(group, [(wanted, found[wanted.job.key]) for wanted in group.wanted]) for group in groups]
+    if given.search:
+        answers.sort(key=lambda answer: -speed(answer[1][0][1]))
+    for line in lines(answers, BEST if given.search else len(answers)):
+        print(line)
+    if given.json:
+        write_json(Path(given.json), as_json(answers))
+    failures = [one for one in found.values() if isinstance(one, Failure)]
+    if len(failures) == len(found):
+        raise UserError(failures[0].reason)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(found)} programs were not compiled, see above")
+
+
+Answer = Forecast | Failure
+Answers = list[tuple[Group, list[tuple[Wanted, Answer]]]]
+
+
+def workplace() -> Workplace:
+    """Returns where answers are kept."""
+    return Workplace(Path(flags.FLAGS.cache), flags.FLAGS.timeout)
+
+
+def assumed() -> Assumptions:
+    """Returns what the flags take for granted."""
+    given = flags.FLAGS
+    return Assumptions(kernel_efficiency=given.kernel_efficiency, link_efficiency=given.link_efficiency)
+
+
+def compiler_options(given: Sequence[str]) -> dict[str, Any]:
+    """Returns options "name=value" of the compiler, numbers as such. Raises: UserError for one without a value."""
+    for option in given:
+        if "=" not in option:
+            raise UserError(f"--xla takes name=value, as in --xla=xla_tpu_scoped_vmem_limit_kib=65536: got {option!r}")
+    pairs = (option.lstrip("-").partition("=") for option in given)
+    return {name: _number(value) for name, _, value in pairs}
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def forecasts(jobs: Sequence[Job]) -> dict[str, Answer]:
+    """Returns the forecast of each job by its key; those that are not known yet are compiled one after the other."""
+    place, memory = workplace(), flags.FLAGS.memory
+    limit = None if memory is None else int(memory * GIB)
+    found: dict[str, Answer] = {}
+    often = 0.5 if sys.stderr.isatty() else 20  # seconds: in a log file a line now and then
+    new = bool(pending(place, jobs))
+    with tqdm(total=len(jobs), desc="compile", unit="program", disable=not new, mininterval=often) as bar:
+        for job in jobs:
+            answer = place.do(job, partial(_say, bar, job.title))
+            if isinstance(answer, Facts):
+                found[job.key] = forecast(job, answer, place.texts, assumed(), limit)
+            else:
+                found[job.key] = answer
+            bar.update()
+    return found
+
+
+def _say(bar: tqdm, title: str, text: str) -> None:
+    bar.set_postfix_str(f"{title}: {text}", refresh=False)
+    bar.update(0)
+
+
+def search(groups: Sequence[Group]) -> list[Group]:
+    """Returns the most promising ways to run the bucket with the most tokens among the groups.
+
+    Raises: UserError for a config that does not train, and when nothing can fit.
+    """
+    jobs = [group.wanted[0].job for group in groups]
+    if any(job.kind != "train" for job in jobs):
+        raise UserError("--search is for configs that train: give one of configs/diffusion/train")
+    job = max(jobs, key=lambda job: job.subject["num_frames"] * job.subject["height"] * job.subject["width"])
+    topology, memory = parse_topology(job.topology), flags.FLAGS.memory
+    limit = topology.chip.memory_bytes if memory is None else int(memory * GIB)
+    chosen = candidates(job, topology, flags.FLAGS.compiles, limit)
+    if not chosen:
+        raise UserError(f"{job.title}: no mesh of {topology} can hold the state and activations of one sample")
+    print(f"{job.title}: {len(chosen)} candidates for {topology}, the rough sum's best first, are compiled")
+    return [Group(one.settings, (Wanted(one.job, 1),)) for one in chosen]
+
+
+def speed(one: Answer) -> float:
+    """Returns the samples a second of what fits, 0 for the others."""
+    if isinstance(one, Failure) or not one.fits or one.span is None:
+        return 0.0
+    return one.facts.samples / one.seconds
+
+
+def lines(answers: Answers, shown: int) -> Iterator[str]:
+    """Yields what is printed: the first few forecasts, a table of all of them, and what they assume."""
+    price, topology = flags.FLAGS.price, parse_topology(flags.FLAGS.topology)
+    rows: list[tuple[str, Forecast]] = []
+    for number, (group, parts) in enumerate(answers):
+        is_alone = len(parts) == 1
+        if number < shown:
+            yield group.title
+        for wanted, one in parts:
+            if number < shown:
+                yield from () if is_alone else (f" {wanted.job.title}, {wanted.times} x",)
+                yield from report.block(one, price)
+            if isinstance(one, Forecast):
+                rows.append((group.title if is_alone else f"{group.title}: {wanted.job.title}", one))
+        yield from report.videos(group, parts, price)
+    if len(rows) > 1:
+        yield from report.table(rows, price)
+    yield from report.assumptions(topology, assumed())
+
+
+def as_json(answers: Answers) -> dict[str, Any]:
+    """Returns the forecasts as JSON can hold them."""
+    price, topology = flags.FLAGS.price, parse_topology(flags.FLAGS.topology)
+
+    def program(wanted: Wanted, one: Answer) -> dict[str, Any]:
+        found = {"times": wanted.times, "mesh": wanted.job.sections["mesh"], "subject": wanted.job.subject}
+        if isinstance(one, Failure):
+            return {"title": wanted.job.title, "fits": False, "reason": one.reason} | found
+        return one.as_json(price) | found
+
+    return {
+        "topology": str(topology),
+        "chips": topology.chips,
+        "devices": topology.devices,
+        "memory_bytes_per_device": topology.chip.memory_bytes,
+        "peak_flops_per_device": topology.chip.peak_flops,
+        "price": price,
+        "assumptions": asdict(assumed()),
+        "groups": [
+            {"title": group.title, "videos": group.videos, "programs": [program(*part) for part in parts]}
+            for group, parts in answers
+        ],
+    }
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    config_flag(required=False)
+    flags.DEFINE_string("topology", None, "such as v5p:4x4x4, v6e:16x16 or h100x8")
+    flags.DEFINE_multi_string("buckets", [], "resolution,frames of a line of bucket_config, or to sample; repeatable")
+    flags.DEFINE_string("json", None, "file to write all of it to")
+    flags.DEFINE_float("price", None, "dollars for an hour of a chip", lower_bound=0)
+    flags.DEFINE_float("memory", None, "GiB of a device, in place of what the chip has", lower_bound=0)
+    flags.DEFINE_bool("search", False, "try other meshes, batch sizes and recomputation for one bucket")
+    flags.DEFINE_integer("compiles", 8, "how many of these are compiled", lower_bound=1)
+    flags.DEFINE_multi_string("xla", [], "name=value of a compiler option; repeatable")
+    flags.DEFINE_float("kernel_efficiency", Assumptions.kernel_efficiency, "share of the peak that kernels reach")
+    flags.DEFINE_float("link_efficiency", Assumptions.link_efficiency, "share of a link's bandwidth that is reached")
+    flags.DEFINE_float("timeout", 1800, "seconds that compiling a program may take", lower_bound=1)
+    flags.DEFINE_string("cache", str(CACHE), "folder of answers")
+    flags.DEFINE_string("job", None, "a job of another plan, to be done in this process")
+    flags.DEFINE_string("answer", None, "where to write its answer")
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main)
