@@ -7,6 +7,7 @@ download  published weights from the Hugging Face hub
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from opensora_jax.config.errors import UserError
 from opensora_jax.config.flag import config_flag, require
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights import hub, manifest, pretrained, workdir
+from opensora_jax.weights.constants import stored_constants
 from opensora_jax.weights.files import save_safetensors
 from opensora_jax.weights.layouts import to_fused, to_split
 from opensora_jax.weights.views import Cast
@@ -35,13 +37,16 @@ def _import(argv: list[str]) -> Path:
     output = Path(given.output)
     where = f"config.{given.section}"
     section = _section(given.section, given.input)
+    if given.adapter is not None:
+        section.adapter = given.adapter
     mesh = make_mesh(build(MeshConfig, given.config.mesh, "config.mesh"))
     _, config = pretrained.parse_model(section, pretrained.MODELS, where)
     dtype = None if given.dtype == "same" else pretrained.parse_dtype(given.dtype)
     workdir.check_new(output)
     params = pretrained.load_weights(section, pretrained.MODELS, where, dtype=jnp.float32, mesh=mesh, param_dtype=dtype)
     described = pretrained.describe(section["type"], config)
-    workdir.write(output, params, described | {"source": str(section["from_pretrained"])})
+    free = {name: value for name, value in asdict(config).items() if name in pretrained.FREE_FIELDS}
+    workdir.write(output, params, described | {"source": str(section["from_pretrained"]), "free": free})
     print(f"{output}: {section['type']} of {section['from_pretrained']}; use it as --{where}.from_pretrained={output}")
     return output
 
@@ -62,6 +67,7 @@ def _export(argv: list[str]) -> Path:
     if given.dtype != "same":
         dtype = jnp.dtype(pretrained.parse_dtype(given.dtype))
         tensors = {key: Cast(tensor, dtype) for key, tensor in tensors.items()}
+    tensors = tensors | stored_constants(stored.meta, str(source))
     with tqdm(total=len(tensors), desc="export", unit="tensor") as bar:
         save_safetensors(output, tensors, wrote=lambda key: bar.update())
     print(f"{output}: {len(tensors)} tensors of {source} (step {stored.step}, {stored.part})")
@@ -144,6 +150,7 @@ def _define_import() -> None:
     _define_source()
     flags.DEFINE_string("output", None, "workdir to write", required=True)
     flags.DEFINE_enum("dtype", "same", DTYPES, "of the weights in the workdir; same: as in the file")
+    flags.DEFINE_string("adapter", None, "folder of a LoRA in PEFT's format, to be merged into the weights")
 
 
 def _define_export() -> None:

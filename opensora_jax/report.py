@@ -119,7 +119,7 @@ def validation(folder: Path) -> dict[str, Any]:
     if not found["clips"]:
         raise MissingPartError(f"reconstructions (no held-out clip could be read, says {path})")
     if captions.is_file():
-        rows = sources.list_clips(captions).to_pylist()
+        rows = sources.list_clips(captions).clips.to_pylist()
         pairs = [(Path(row["path"]), shapes.parse_caption(row["text"])) for row in rows]
         right = [shapes.identify(outputs.read(file))["shape"] == spec.shape for file, spec in pairs if spec]
         found |= {"shape_accuracy": float(np.mean(right))} if right else {}

@@ -1,22 +1,23 @@
 """Trains a denoiser: `python -m opensora_jax.train --config=configs/diffusion/train/demo.py`.
 
 It reads the latents and embeddings that `dataset encode` cached, or, where `latents` is empty, videos and captions. The
-same command again continues an interrupted run, exactly. A finished run is left as it is.
+same command again continues an interrupted run, exactly. A finished run is left as it is. A config with `stages` trains
+one after the other, each from the weights of the one before.
 """
 
+import gc
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import pyarrow as pa
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
+from ml_collections import ConfigDict
 
 from opensora_jax.config.build import build
 from opensora_jax.config.command import run
@@ -25,36 +26,41 @@ from opensora_jax.config.flag import config_flag
 from opensora_jax.data.cache.latents import CachedBuckets, LatentCache
 from opensora_jax.data.clip_source import Captions
 from opensora_jax.data.clips import ClipDataset
-from opensora_jax.data.loader import Batch, LatentSource, LoaderConfig, Source, example_batches, make_loader
+from opensora_jax.data.loader import LatentSource, LoaderConfig
+from opensora_jax.data.plan.auto import BucketConfig, auto_lines, filled, with_ones
 from opensora_jax.data.plan.digests import digest
-from opensora_jax.data.plan.plan import Assigner, Plan
-from opensora_jax.inference.encode import EncodeConfig
-from opensora_jax.inference.prompt import TextEncoderConfig, Tokenizers, load_encoder
+from opensora_jax.data.plan.plan import Plan
+from opensora_jax.inference import stage as sampling
+from opensora_jax.inference.encode import EncodeConfig, EncodeJob
+from opensora_jax.inference.preview import Preview, PreviewConfig
+from opensora_jax.inference.prompt import TextEncoder, TextEncoderConfig, TextEncoders, Tokenizers, load_encoder
+from opensora_jax.inference.stale import refuse_stale
 from opensora_jax.models.codec import Codec
 from opensora_jax.models.mmdit import MMDiTConfig
 from opensora_jax.nn.lora import LoRAConfig
-from opensora_jax.parallel.batch import abstract_batch, data_share
 from opensora_jax.parallel.distributed import DistributedConfig, connect
 from opensora_jax.parallel.mesh import MeshConfig, check_heads, data_shards, make_mesh
+from opensora_jax.training.batch_sizes import AutoBatchConfig, BatchSizes
 from opensora_jax.training.conditions import ConditionMix
 from opensora_jax.training.diffusion import DropoutRatio, FlowConfig, NullText, Objective
 from opensora_jax.training.encoders import Encoders, VideoEncoder
+from opensora_jax.training.feed import Batches, Feed
 from opensora_jax.training.flops import training_flops
-from opensora_jax.training.loop import LoopConfig, Run
-from opensora_jax.training.optimizer import OptimConfig, make_optimizer
-from opensora_jax.training.state import make_train_step, plan_state
+from opensora_jax.training.loop import LoopConfig, Run, counting
+from opensora_jax.training.optimizer import OptimConfig
+from opensora_jax.training.periodic import Periodic, Seen
+from opensora_jax.training.programs import AbstractBatch, Programs
+from opensora_jax.training.recipe import Recipe
 from opensora_jax.training.throughput import Work
+from opensora_jax.training.validation import Validation, ValidationConfig
 from opensora_jax.weights.adapter import write_adapter
-from opensora_jax.weights.lora import base_and_lora, frozen_parameters, with_lora
 from opensora_jax.weights.pretrained import (
     AUTOENCODERS,
-    DENOISERS,
-    describe,
-    initial_weights,
     load,
     parse_dtype,
     parse_model,
 )
+from opensora_jax.weights.workdir import Stored, check_same, is_workdir
 
 CONFIG = config_flag()
 
@@ -75,12 +81,15 @@ class TrainConfig:
     latents: str  # folder of the cache; "": encode while training
     encode: EncodeConfig
     bucket_config: dict[str, dict[int, Any]]
+    auto_batch: AutoBatchConfig  # for its lines that leave the batch size to the memory of the devices
     loader: LoaderConfig
     small_buckets: str  # what to do with fewer samples than a batch: error, drop or repeat
     flow: FlowConfig
     condition_config: dict[str, float]  # condition: weight
     no_i2v_ref_loss: bool  # given images do not count in the loss
     guidance: float | None  # what models with guidance_embed are told
+    validation: ValidationConfig
+    preview: PreviewConfig
     dropout_ratio: DropoutRatio
     lora: LoRAConfig | None  # train only thin matrices beside the layers it names
     optim: OptimConfig
@@ -90,145 +99,203 @@ class TrainConfig:
     distributed: DistributedConfig
     loop: LoopConfig
 
+    @property
+    def recipe(self) -> Recipe:
+        """The part that decides the compiled step."""
+        parts = self.model, self.lora, self.optim, self.accumulation_steps, self.ema_decay, self.loop.num_steps
+        return Recipe(self.seed, self.dtype, *parts)
+
 
 def main(argv: list[str]) -> Path | None:
-    """Trains as the config says; returns the workdir."""
-    config = build(TrainConfig, CONFIG.value, "config")
-    connect(config.distributed)
+    """Trains as the config says, all of its stages if it has some; returns the last workdir."""
+    stages = parse_stages(CONFIG.value)
+    connect(stages[0].config.distributed)
+    for number, stage in enumerate(stages):
+        if len(stages) > 1 and stage.is_finished():
+            logging.info("%s is finished: on to the next stage", stage.config.workdir)
+            continue
+        train(stage.after(stages[number - 1]) if number else stage)
+        jax.clear_caches()  # the programs of a finished stage; and its arrays
+        gc.collect()
+    return stages[-1].config.workdir
+
+
+class Stage(NamedTuple):
+    """A run of training: its config as it was given, and parsed."""
+
+    settings: dict[str, Any]
+    config: TrainConfig
+
+    def after(self, before: "Stage") -> "Stage":
+        """Returns this stage, starting from the weights of another."""
+        start = {"from_pretrained": str(before.config.workdir)}
+        settings = self.settings | {"model": self.settings["model"] | start}
+        return Stage(settings, replace(self.config, model=self.config.model | start))
+
+    def is_finished(self) -> bool:
+        """Returns whether the workdir holds the last step already. Raises: UserError for the step of another model."""
+        workdir = self.config.workdir
+        if not is_workdir(workdir) or Stored(workdir).latest_step != self.config.loop.num_steps:
+            return False
+        check_same(self.config.recipe.description, Stored(workdir).meta, str(workdir))
+        return True
+
+
+def parse_stages(config: ConfigDict) -> list[Stage]:
+    """Returns the stages of a config, which `stages` names and which are sections of it; else the config is the one.
+
+    Raises: UserError for a name without a section, and for what is wrong in any of the stages.
+    """
+    if "stages" not in config:
+        return [Stage(config.to_dict(), build(TrainConfig, config, "config"))]
+    names = config.stages
+    sections = sorted(name for name in config if name != "stages")
+    if not names or not set(names) <= set(sections):
+        raise UserError(f"config.stages names some of {', '.join(sections)}, in their order: got {names}")
+    return [Stage(config[name].to_dict(), build(TrainConfig, config[name], f"config.{name}")) for name in names]
+
+
+def train(stage: Stage) -> None:
+    """Trains one stage to its end."""
+    config = stage.config
+    config.validation.check(bool(config.latents))
     mesh = make_mesh(config.mesh)
-    model_config = parse_model(config.model, DENOISERS, "config.model")[1]
+    model_config = config.recipe.network
     check_heads(model_config.num_heads, mesh)
     autoencoder: Any = parse_model(config.ae, AUTOENCODERS, "config.ae")[0]
     mix = ConditionMix.parse(config.condition_config, autoencoder.is_causal)
-    feed = cached(config) if config.latents else encoded(config, mesh, mix)
-    batches = Batches(feed, plan_of(config, feed, mesh), mix, mesh, config)
-    logging.info("%s", batches.plan.describe())
-    examples = batches.examples()
-    check_fits(model_config, next(iter(examples.values())))
+    feed = cached(config, config.latents) if config.latents else encoded(config, mesh, mix)
     objective = Objective(config.flow, config.dropout_ratio, feed.null, mix, config.guidance, config.no_i2v_ref_loss)
-    objective.check(examples, cond_embed=model_config.cond_embed, guidance_embed=model_config.guidance_embed)
+    assembled = config.recipe.assemble(objective, mesh)
+    periodic = looks(config, assembled.graphdef, objective, feed, mix, mesh)
 
-    optimizer = make_optimizer(config.optim, config.loop.num_steps)
-    make, start = denoiser(config, mesh)
-    graphdef, abstract, init = plan_state(
-        make,
-        optimizer,
-        mesh,
-        ema=config.ema_decay is not None,
-        pretrained=start,
-        frozen=frozen_parameters(config.model["type"], config.optim.freeze, config.lora),
-        frozen_dtype=held_dtype(config),
-    )
-    step = make_train_step(
-        graphdef, objective, optimizer, ema_decay=config.ema_decay, accumulation_steps=config.accumulation_steps
-    )
-    meta = describe(config.model["type"], model_config)
-    meta |= {"ema": config.ema_decay is not None, "latents": feed.key, "plan": batches.plan.hash}
-    meta |= {"freeze": list(config.optim.freeze), "lora": config.lora and asdict(config.lora)}
-    settings, full = CONFIG.value.to_dict(), config.lora is None
-    run = Run(config.workdir, "train", config.seed, mesh, config.loop, meta, settings, save_frozen=full)
+    def prepare(bucket_config: BucketConfig, small_buckets: str) -> tuple[Batches, dict[str, AbstractBatch]]:
+        shards = data_shards(mesh) * config.accumulation_steps  # a batch is as much larger as it has parts
+        assigner = feed.buckets(bucket_config)
+        plan = Plan(feed.table, assigner, seed=config.seed, data_shards=shards, small_buckets=small_buckets)
+        batches = Batches(feed, plan, mix, mesh, config.loader)
+        examples = batches.examples()
+        check_fits(model_config, next(iter(examples.values())))
+        objective.check(examples, cond_embed=model_config.cond_embed, guidance_embed=model_config.guidance_embed)
+        return batches, examples
+
+    bucket_config = config.bucket_config
+    if auto_lines(bucket_config):
+        small = "drop" if config.small_buckets == "drop" else "repeat"
+        provisional, examples = prepare(with_ones(bucket_config), small)
+        programs = Programs(counting(assembled.step), assembled.abstract, mesh)
+        depends = config.recipe.memory | {"encoders": None if config.latents else feed.key}
+        sizes = BatchSizes(config.workdir, config.auto_batch, mesh, programs.measure, depends)
+        bucket_config = filled(bucket_config, sizes.choose(bucket_config, provisional.plan.buckets, examples))
+    batches, examples = prepare(bucket_config, config.small_buckets)
+    logging.info("%s", batches.plan.describe())
+    meta = config.recipe.description | {"latents": feed.key, "plan": batches.plan.hash}
+    full = config.lora is None
+    run = Run(config.workdir, "train", config.seed, mesh, config.loop, meta, stage.settings, save_frozen=full)
     state = run.fit(
-        step, init, abstract, batches, examples, encode=feed.encode, work=lambda batch: work_of(model_config, batch)
+        assembled.step,
+        assembled.init,
+        assembled.abstract,
+        batches,
+        examples,
+        encode=feed.encode,
+        work=lambda batch: work_of(model_config, batch),
+        periodic=periodic,
     )
     if config.lora is not None:
         base = config.model["from_pretrained"]
         write_adapter(config.workdir / "lora", config.model["type"], state.averaged_params, config.lora, base)
-    return config.workdir
 
 
-def denoiser(config: TrainConfig, mesh: Mesh) -> tuple[Callable[[], nnx.Module], Callable[[], nnx.State] | None]:
-    """Returns what makes the model, with its LoRA where there is one, and what reads the weights it starts from."""
-    module, fields = parse_model(config.model, DENOISERS, "config.model")
-    kind = config.model["type"]
-    start = initial_weights(config.model, DENOISERS, "config.model", mesh=mesh, param_dtype=held_dtype(config))
-
-    def make() -> nnx.Module:
-        return module(fields, dtype=parse_dtype(config.dtype), rngs=nnx.Rngs(config.seed))
-
-    if config.lora is None:
-        return make, start
-    return with_lora(make, kind, config.lora, config.seed), base_and_lora(start, kind, config.lora, mesh)
-
-
-def held_dtype(config: TrainConfig) -> DTypeLike:
-    """Returns the dtype of parameters that do not learn: beside a LoRA nothing is ever added to them."""
-    return jnp.float32 if config.lora is None else parse_dtype(config.dtype)
-
-
-class Feed(NamedTuple):
-    """What training reads: a plan's table and buckets, samples, and how a batch on the devices is encoded."""
-
-    table: pa.Table
-    buckets: Assigner
-    source: Source
-    null: NullText
-    key: str  # of what latents and texts are made of
-    latent_frames: Callable[[dict[str, Any]], int]
-    encode: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch
-    abstract: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch
+def looks(
+    config: TrainConfig, graphdef: nnx.GraphDef, objective: Objective, feed: Feed, mix: ConditionMix, mesh: Mesh
+) -> list[Periodic]:
+    """Returns what looks at the state now and then: the loss on other clips, and videos of some prompts."""
+    found = []
+    if config.validation.every:
+        other = validation_feed(config, feed)
+        shards = data_shards(mesh)
+        assigner = other.buckets(with_ones(config.bucket_config))
+        plan = Plan(other.table, assigner, seed=0, data_shards=shards, small_buckets="repeat", allow_empty=True)
+        batches = Batches(other, plan, mix, mesh, config.loader)
+        found.append(Periodic(config.validation.every, Validation(graphdef, objective, batches, config.validation)))
+    if config.preview.every:
+        preview = make_preview(config, feed, mesh)
+        found.append(
+            Periodic(
+                config.preview.every,
+                lambda state: Seen({}, preview(nnx.merge(graphdef, state.averaged_params))),
+            )
+        )
+    return found
 
 
-@dataclass(frozen=True)
-class Batches:
-    """This host's batches of a plan, with the condition of each sample; called with the first step and the last."""
-
-    feed: Feed
-    plan: Plan
-    mix: ConditionMix
-    mesh: Mesh
-    config: TrainConfig
-
-    def __call__(self, start: int, stop: int) -> Iterator[Batch]:
-        """Returns the batches of steps start .. stop - 1."""
-        host, source, config = data_share(self.mesh), self.feed.source, self.config.loader
-        loader = make_loader(self.plan, source, start_step=start, num_steps=stop - start, host=host, config=config)
-        return map(self._conditioned, loader)
-
-    def examples(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Returns bucket -> shapes of what a step reads."""
-        found = example_batches(self.plan, self.feed.source, host=data_share(self.mesh))
-        placed = {name: abstract_batch(self._conditioned(batch), self.mesh) for name, batch in found.items()}
-        return {name: self.feed.abstract(batch) for name, batch in placed.items()}
-
-    def _conditioned(self, batch: Batch) -> Batch:
-        return self.mix.add(batch, self.config.seed, self.feed.latent_frames(batch))
+def validation_feed(config: TrainConfig, feed: Feed) -> Feed:
+    """Returns the clips to validate on, through the encoders of the clips that are trained on."""
+    if not isinstance(feed.encode, Encoders):
+        return cached(config, config.validation.latents)
+    return videos(config, feed.encode, feed.null, replace(config.dataset, data_path=config.validation.data_path))
 
 
-def plan_of(config: TrainConfig, feed: Feed, mesh: Mesh) -> Plan:
-    """Returns the plan of all batches; a step's batch is as much larger as it has parts."""
-    shards = data_shards(mesh) * config.accumulation_steps
-    return Plan(feed.table, feed.buckets, seed=config.seed, data_shards=shards, small_buckets=config.small_buckets)
+def make_preview(config: TrainConfig, feed: Feed, mesh: Mesh) -> Preview:
+    """Returns what samples the prompts; of its networks only the autoencoder stays in memory.
+
+    Raises: UserError for sizes and frame counts that the networks cannot take.
+    """
+    networks = sampling.Network("model", config.model), sampling.Network("ae", config.ae)
+    sampling.Stage(*networks, config.preview.sampling_option, "t2v").check()
+    dtype = parse_dtype(config.dtype)
+    if isinstance(feed.encode, Encoders):
+        autoencoder, encoders = feed.encode.video.codec.autoencoder, text_encoders(feed.encode)
+    else:
+        autoencoder = load(config.ae, AUTOENCODERS, "config.ae", dtype=dtype, mesh=mesh)
+        encoders = TextEncoders.load(config.t5, config.clip, dtype, mesh)
+    return Preview(config.preview, autoencoder, encoders.encode, mesh)
 
 
-def cached(config: TrainConfig) -> Feed:
-    """Returns the latents and texts of a cache."""
-    cache = LatentCache(config.latents)
+def cached(config: TrainConfig, folder: str) -> Feed:
+    """Returns the latents and texts of a cache. Raises: UserError when it is not what the config would make now."""
+    cache = LatentCache(folder)
     null = NullText(**jax.device_put(cache.null_text))
-    source, buckets = LatentSource(cache), CachedBuckets(config.bucket_config)
-    return Feed(cache.index, buckets, source, null, cache.key, lambda batch: batch["latent"].shape[1])
+    sections = {field.name: getattr(config, field.name) for field in fields(EncodeJob)}
+    refuse_stale(cache, EncodeJob(**sections | {"latents": Path(folder)}), clips=folder == config.latents)
+    return Feed(
+        cache.index, CachedBuckets, LatentSource(cache), null, cache.key, lambda batch: batch["latent"].shape[1]
+    )
 
 
 def encoded(config: TrainConfig, mesh: Mesh, mix: ConditionMix) -> Feed:
     """Returns clips and captions, which frozen encoders turn into latents and embeddings before each step."""
-    dataset, encode, dtype = config.dataset, config.encode, parse_dtype(config.dtype)
+    encode, dtype = config.encode, parse_dtype(config.dtype)
     t5, clip = (load_encoder(kind, getattr(config, kind), dtype, mesh) for kind in ("t5", "clip"))
     codec = Codec(load(config.ae, AUTOENCODERS, "config.ae", dtype=dtype, mesh=mesh), mesh)
     video = VideoEncoder(codec, mix, encode.posterior, encode.seed, encode.batch_size)
-    encoders = Encoders(video, t5, clip)
-    table = dataset.table()
-    captions = Captions(encode.texts(table, dataset.fps_max), Tokenizers(t5.tokenizer, clip.tokenizer))
     null = NullText(*(jnp.asarray(encoder.encode([""], 1)[0]) for encoder in (t5, clip)))
+    return videos(config, Encoders(video, t5, clip), null, config.dataset)
+
+
+def videos(config: TrainConfig, encoders: Encoders, null: NullText, dataset: ClipDataset) -> Feed:
+    """Returns the clips and captions of a table."""
+    table, encode = dataset.table(), config.encode
+    texts = text_encoders(encoders)
+    tokenizers = Tokenizers(texts.t5.tokenizer, texts.clip.tokenizer)
+    captions = Captions(encode.texts(table, dataset.fps_max), tokenizers)
     key = digest(json.dumps([config.ae, asdict(config.t5), asdict(config.clip), asdict(encode)], default=str))
     return Feed(
         table,
-        dataset.buckets(config.bucket_config),
+        dataset.buckets,
         dataset.source(table, captions),
         null,
         f"encoded while training, {key}",
-        lambda batch: video.latent_frames(batch["video"]),
+        lambda batch: encoders.video.latent_frames(batch["video"]),
         encoders,
         encoders.abstract,
     )
+
+
+def text_encoders(encoders: Encoders) -> TextEncoders:
+    """Returns the text encoders among the frozen networks."""
+    return TextEncoders(cast(TextEncoder, encoders.t5), cast(TextEncoder, encoders.clip))
 
 
 def work_of(model: MMDiTConfig, batch: Mapping[str, Any]) -> Work:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from opensora_jax.config.build import build
 from opensora_jax.config.command import run
@@ -26,10 +27,11 @@ from opensora_jax.data.loader import LoaderConfig, example_batches, make_loader
 from opensora_jax.data.plan.buckets import Bucket, Buckets
 from opensora_jax.data.plan.plan import Plan
 from opensora_jax.data.table.records import read_table
+from opensora_jax.inference.latents import check_sizes
 from opensora_jax.models.codec import Codec
-from opensora_jax.parallel.batch import abstract_batch, data_share
-from opensora_jax.parallel.distributed import DistributedConfig, connect
-from opensora_jax.parallel.mesh import MeshConfig, data_shards, make_mesh, one_device
+from opensora_jax.parallel.batch import abstract_batch, data_share, to_host
+from opensora_jax.parallel.distributed import DistributedConfig, connect, from_first
+from opensora_jax.parallel.mesh import MeshConfig, data_shards, make_mesh, one_device, this_process
 from opensora_jax.training import reconstruction, vae
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
@@ -97,6 +99,8 @@ def main(argv: list[str]) -> Path | None:
     held_out_rows = assigned_rows(held_out, buckets, config.seed)
     shards, small = data_shards(mesh), config.small_buckets
     plan = Plan(training, buckets, seed=config.seed, data_shards=shards, small_buckets=small)
+    rows = assigned_rows(training, buckets, config.seed)
+    check_sizes(nnx.eval_shape(lambda: module(model_config, rngs=nnx.Rngs(0))), [*rows, *held_out_rows])
     logging.info("%s", plan.describe())
     host, source = data_share(mesh), dataset.source(training)
 
@@ -122,14 +126,19 @@ def main(argv: list[str]) -> Path | None:
         ),
         {name: abstract_batch(batch, mesh) for name, batch in examples.items()},
     )
-    if jax.process_index() == 0 and not is_measured(config.workdir, int(state.step)):
-        codec = Codec(nnx.merge(graphdef, state.averaged_params), mesh)
-        rows = assigned_rows(training, buckets, config.seed)[: config.validation.latent_clips]
-        latent = reconstruction.measure_latent(codec, source, rows, rows[0][0].batch_size)
+    if from_first(is_measured(config.workdir, int(state.step))):
+        return config.workdir
+    params = jax.tree.map(to_host, state.averaged_params)  # every process has a part
+    if jax.process_index() == 0:
+        own = this_process()
+        codec = Codec(nnx.merge(graphdef, jax.device_put(params, NamedSharding(own, PartitionSpec()))), own)
+        latent_rows = rows[: config.validation.latent_clips]
+        latent = reconstruction.measure_latent(codec, source, latent_rows, rows[0][0].batch_size)
         write_json(config.workdir / "latent.json", latent)
         measured = validate(config, codec, held_out, held_out_rows)
         write_json(config.workdir / "validation.json", {"step": int(state.step)} | measured)
         logging.info("held-out clips: %s", measured)
+    from_first(None)  # the others wait: processes end together
     return config.workdir
 
 

@@ -7,6 +7,7 @@ All tests read one finished demo folder; what they change, they change in a copy
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from opensora_jax.data.media import video
 from opensora_jax.data.media.ffmpeg_process import binary
 from opensora_jax.data.media.video_writer import write_video
 from opensora_jax.data.table import probing, records
+from opensora_jax.inference import outputs
 
 ROOT = Path(__file__).parents[1]
 SERVER = """
@@ -217,7 +219,9 @@ def test_an_autoencoder_shows_measures_and_keeps_what_it_makes_of_clips(world, c
     (first, *others) = sorted((tmp_path / "reconstructions").glob("*.mp4"))
     assert (video.probe(first).width, video.probe(first).height, len(others)) == (64, 32, 9)
     lines = (tmp_path / "reconstructions.csv").read_text().splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 1 + 10 + 2  # and the totals
+    assert [line.split(",")[1] for line in lines[-2:]] == ['"mean"', '"worst"']
+    assert [line.split()[0] for line in said.splitlines()[-3:-1]] == ["mean", "worst"]
     assert {"psnr_db", "ssim", "path", "text"} <= set(lines[0].replace('"', "").split(","))
     first.unlink()  # as if the run had been killed: only this one is made again
     before = files(tmp_path / "reconstructions")
@@ -254,6 +258,50 @@ def test_frames_that_an_autoencoder_cannot_take_are_refused_before_it_is_loaded(
     refused = command("vae", "stats", *flags, "--config.model.from_pretrained=nowhere", status=1).stderr
     assert "32px_ar1:1, 8 frames: The autoencoder takes 1 + 4 n frames: got 8: use 5 or 9." in refused
     assert not (tmp_path / "out").exists()
+
+
+DC_AE = """
+from configs.vae.train import demo
+
+def get_config():
+    config = demo.get_config()
+    del config["model"]
+    config.model = {"type": "dc_ae", "model_name": "dc-ae-f32t4c128", "from_pretrained": None}
+    return config
+"""
+
+
+def test_an_autoencoder_that_is_not_trained_yet_is_one_line(world, command, tmp_path):
+    (tmp_path / "dc_ae.py").write_text(DC_AE)
+    flags = [f"--config={tmp_path}/dc_ae.py", f"--config.folder={world}", f"--config.workdir={tmp_path}/run"]
+    errors = command("train_vae", *flags, status=1).stderr
+    assert "error: train_vae trains hunyuan_vae and flux_ae: got config.model.type='dc_ae'" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_frames_that_would_not_come_back_are_refused_before_training(world, command, tmp_path):
+    flags = vae_flags(world, f"--config.workdir={tmp_path}/run", "--config.bucket_config['32px_ar1:1']={8: (1.0, 4)}")
+    errors = command("train_vae", *flags, status=1).stderr
+    assert "32px_ar1:1, 8 frames: The autoencoder takes 1 + 4 n frames: got 8: use 5 or 9." in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_video_without_frames_is_one_line(world, command, tmp_path):
+    silent = [binary(), "-loglevel", "error", "-f", "lavfi", "-i", "sine=duration=1", str(tmp_path / "sound.m4a")]
+    subprocess.run(silent, check=True, timeout=60)
+    table = records.read_table(world / "held_out.parquet").slice(0, 1)
+    table = table.set_column(table.column_names.index("path"), "path", [[str(tmp_path / "sound.m4a")]])
+    records.write_table(table, tmp_path / "meta.parquet")
+    flags = vae_use_flags(world, tmp_path / "out", f"--config.dataset.data_path={tmp_path}/meta.parquet")
+    for verb, said in (
+        ("reconstruct", "none of the 1 clips could be reconstructed"),
+        ("stats", "none of the 1 clips has a latent to measure"),
+        ("encode", "none of the 1 clips could be encoded"),
+    ):
+        errors = command("vae", verb, *flags, status=1).stderr
+        assert f"error: {said}: 1 of the clips: " in errors
+        assert "sound.m4a" in errors.rpartition("error: ")[2]
+        assert "Traceback" not in errors
 
 
 T2I2V = """
@@ -343,17 +391,90 @@ def test_a_lora_learns_alone_continues_and_is_left_in_a_folder(world, command, t
     assert sizes[0] < sizes[1]
 
 
+def test_a_lora_is_merged_for_sampling_and_into_weights(world, command, tmp_path):
+    (tmp_path / "lora.py").write_text(LORA_CONFIG)
+    base = f"--config.model.from_pretrained={world}/diffusion"
+    flags = [f"--config={tmp_path}/lora.py", *train_flags(world)[1:], base, f"--config.workdir={tmp_path}/run"]
+    command("train", *flags, "--config.loop.num_steps=2", "--config.optim.lr=0.5", "--config.optim.warmup_steps=0")
+    adapter = f"{tmp_path}/run/lora"
+    command("convert", "import", *train_flags(world), base, f"--adapter={adapter}", f"--output={tmp_path}/merged")
+    frames = []
+    for place, weights in ("plain", [base]), ("beside", [base, f"--config.model.adapter={adapter}"]), ("merged", []):
+        weights = weights or [f"--config.model.from_pretrained={tmp_path}/merged"]
+        command("sample", *sample_flags(world, f"--config.save_dir={tmp_path}/{place}", PROMPT, *weights))
+        frames.append(outputs.read(tmp_path / place / "0000_a-red-circle.mp4"))
+    plain, beside, merged = frames
+    np.testing.assert_array_equal(beside, merged)
+    assert np.abs(beside.astype(int) - plain).max() > 3
+
+
+STAGES_CONFIG = """
+from ml_collections import ConfigDict
+from configs.diffusion.train import demo
+
+
+def get_config():
+    return ConfigDict({"stages": ("first", "second"), "first": demo.get_config(), "second": demo.get_config()})
+"""
+
+
+def test_stages_run_in_a_row_and_go_on_in_the_right_one(world, command, tmp_path):
+    (tmp_path / "stages.py").write_text(STAGES_CONFIG)
+    flags = [f"--config={tmp_path}/stages.py"]
+    for stage in ("first", "second"):
+        flags += [flag.replace("--config.", f"--config.{stage}.") for flag in train_flags(world)[1:]]
+        flags += [f"--config.{stage}.workdir={tmp_path}/{stage}"]
+    flags += ["--config.first.loop.num_steps=3", "--config.second.seed=5"]
+    command("train", *flags, "--config.second.loop.num_steps=2")
+    again = command("train", *flags, "--config.second.loop.num_steps=4").stderr
+    assert "first is finished: on to the next stage" in again
+    assert "continuing at step 2 of 4" in again
+    alone = ["--config.seed=5", "--config.loop.num_steps=4", f"--config.workdir={tmp_path}/alone"]
+    command("train", *train_flags(world, *alone, f"--config.model.from_pretrained={tmp_path}/first"))
+    losses, expected = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("second", "alone"))
+    assert losses == expected
+    wrong = command("train", *flags, "--config.stages=('first','third')", status=1).stderr
+    assert "error: config.stages names some of first, second, in their order: got ('first', 'third')" in wrong
+
+
+def test_a_batch_size_is_left_to_the_memory_and_kept(world, command, tmp_path):
+    auto = "--config.bucket_config['32px_ar1:1'][9]=(1.0,'auto')"
+    flags = [flag for flag in train_flags(world) if "bucket_config" not in flag]
+    flags += [auto, "--config.auto_batch.memory_gib=2", "--config.auto_batch.largest=8", f"--config.workdir={tmp_path}"]
+    first = command("train", *flags, "--config.loop.num_steps=2").stderr
+    assert re.search(r"32px_ar1:1, 9 frames +8 samples of a data shard", first)
+    command("train", *flags, "--config.loop.num_steps=4", "--config.auto_batch.largest=5")
+    losses, expected = ([line["loss"] for line in metrics(path)] for path in (tmp_path, world / "diffusion"))
+    assert losses[:2] == expected[:2]  # that of 8 samples, which the checkpoint is tied to
+    assert len(losses) == 4
+
+
 def files_bytes(folder: Path) -> list[int]:
     return [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
 
 
 def test_training_from_videos_needs_no_cache(world, command, tmp_path):
     flags = train_flags(world, "--config.latents=", f"--config.workdir={tmp_path}/run", "--config.loop.num_steps=4")
+    flags += ["--config.validation.every=3", f"--config.validation.data_path={world}/held_out.parquet"]
+    flags += ["--config.preview.every=4", "--config.preview.sampling_option.num_steps=2"]
     command("train", *flags, "--config.condition_config.i2v_head=5.0", "--config.accumulation_steps=2")
     lines = metrics(tmp_path / "run")
+    assert ["validation_loss" in line for line in lines] == [False, False, True, True]
+    shown = sorted((tmp_path / "run" / "samples" / "4").iterdir())
+    assert [path.name for path in shown] == [
+        "00_a-red-circle-moves-up-on-a-dark-background.mp4",
+        "01_a-blue-square-moves-left-on-a-light-background.mp4",
+    ]
+    assert video.probe(shown[0]).num_frames == 9
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["skipped_steps"] == 0 for line in lines)
     assert {line["bucket"] for line in lines} == {"32px_ar1:1 1:1, 9 frames of 32x32"}
+
+
+def test_synthetic_clips_train_without_a_file(world, command, tmp_path):
+    flags = train_flags(world, "--config.latents=", f"--config.workdir={tmp_path}/run", "--config.loop.num_steps=2")
+    command("train", *flags, "--config.dataset.data_path=synthetic:64")
+    assert [line["replaced_samples"] for line in metrics(tmp_path / "run")] == [0, 0]
 
 
 def test_eight_devices_train_with_the_losses_of_one_and_sample(world, command, tmp_path):
@@ -418,6 +539,13 @@ CLIP = ("--config.cond_type=v2v_head", *IMAGE[1:], "--config.sampling_option.num
         (ENCODE, ["--config.encode.dtype=float16"], "config.encode.dtype takes 'float32' or 'bfloat16': got 'float16'"),
         (ENCODE, ["--config.t5.from_pretrained={mess}/nowhere"], "there is no folder {mess}/nowhere"),
         (TRAIN, ["--config.latents={mess}/nowhere"], "{mess}/nowhere holds no latents"),
+        (
+            TRAIN,
+            ["--config.encode.posterior=sample"],
+            "{mess}/world/latents is made of other things: encode.posterior =",
+        ),
+        (TRAIN, ["--config.dataset.data_path={mess}/short.parquet"], "is made of other things: other clips; delete it"),
+        (TRAIN, ["--config.t5.max_length=12"], "is made of other things: other text encoders; delete it"),
         (TRAIN, ["--config.modle.depth=2"], "config has no field 'modle'; did you mean 'model'?"),
         (TRAIN, ["--config.model.hidden_size=32"], "axes_dim must be even and sum to the head size 8"),
         (TRAIN, ["--config.model.mlp_ratio=2.0"], "model.mlp_ratio is 4.0 there and 2.0 in the config"),
@@ -572,39 +700,52 @@ def get_config():
 """
 
 
-def make_mixture(folder: Path, count: int) -> int:
-    """Writes `count` files, copies of a few videos and images and every tenth of them bad; returns the bad ones.
+def make_mixture(folder: Path, count: int) -> tuple[int, int]:
+    """Writes `count` files, copies of a few videos and images and every tenth of them bad; returns how many are.
 
-    One more file looks fine until it is decoded.
+    Among the good ones are rotated ones, others of a variable rate or an odd size, and some without a caption. Every
+    twentieth looks fine until it is decoded; the second number is that of these.
     """
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (60, 60, 66, 3), np.uint8)
     shapes = ((24, 48, 58, 8.0), (40, 60, 40, 29.97), (60, 36, 58, 60.0), (1, 50, 66, 1.0), (12, 36, 36, 24.0))
     good = [write_video(folder / f"g{n}.mp4", noise[:t, :h, :w], fps) for n, (t, h, w, fps) in enumerate(shapes)]
-    whole = good[0].read_bytes()
-    silent = [binary(), "-loglevel", "error", "-f", "lavfi", "-i", "sine=duration=1", str(folder / "sound.m4a")]
-    subprocess.run(silent, check=True, timeout=60)
-    sound = (folder / "sound.m4a").read_bytes()
-    (folder / "sound.m4a").unlink()
+    good += [folder / f"{name}.mp4" for name in ("rotated", "variable", "odd")]
+    ffmpeg("-display_rotation", "90", "-i", good[0], "-c", "copy", good[5])
+    ffmpeg("-i", good[1], "-vf", "select=not(between(n\\,3\\,7))", "-fps_mode", "passthrough", good[6])
+    ffmpeg("-f", "lavfi", "-i", "testsrc=s=57x35:r=8:d=2", "-c:v", "libx264", "-pix_fmt", "yuv444p", good[7])
+    ffmpeg("-f", "lavfi", "-i", "sine=duration=1", folder / "sound.m4a")
+    whole, sound = good[0].read_bytes(), (folder / "sound.m4a").read_bytes()
     bad = (b"", whole[:700], b"no video", sound, b"\x00" * 5000)
     for number in range(count):
+        path = good[number % len(good)]
+        name = folder / f"{number:03d}_a_clip{path.suffix}"
         if number % 10 == 9:
-            (folder / f"{number:03d}_bad.mp4").write_bytes(bad[number // 10 % len(bad)])
+            name.with_suffix(".mp4").write_bytes(bad[number // 10 % len(bad)])
+        elif number % 20 == 0:
+            data = path.read_bytes()
+            name.write_bytes(data[: len(data) // 4] + b"\x55" * (len(data) // 2) + data[-(len(data) // 4) :])
         else:
-            path = good[number % len(good)]
-            shutil.copy(path, folder / f"{number:03d}_a_clip{path.suffix}")
-    for path in good:
+            shutil.copy(path, name)
+        if number % 7 == 0:
+            name.with_suffix(".txt").write_text("")
+    for path in (*good, folder / "sound.m4a"):
         path.unlink()
-    (folder / "000_a_clip.mp4").write_bytes(whole[: len(whole) // 4] + b"\x55" * 4000 + whole[len(whole) // 4 + 4000 :])
-    return count // 10
+    return count // 10, count // 20
+
+
+def ffmpeg(*arguments: str | Path) -> None:
+    subprocess.run([binary(), "-nostdin", "-loglevel", "error", *map(str, arguments)], check=True, timeout=60)
 
 
 def test_200_files_of_which_a_tenth_is_bad_go_from_meta_to_training(world, command, tmp_path):
     count, out = 200, tmp_path / "out"
-    bad = make_mixture(tmp_path / "clips", count)
+    bad, damaged = make_mixture(tmp_path / "clips", count)
     (tmp_path / "config.py").write_text(MIXED_CONFIG)
     described = command("dataset", "meta", f"--input={tmp_path}/clips", f"--output={out}/meta.parquet").stdout
     assert f"{count - bad} of {count} clips are usable" in described
+    assert "26 without a caption, first " in described
+    assert "with a variable frame rate, first " in described
     (tmp_path / "clips" / "001_a_clip.mp4").unlink()
     sharded = command("dataset", "shard", f"--meta={out}/meta.parquet", f"--output={out}/clips", "--shard_mb=1").stdout
     assert f"{count - bad - 1} clips in" in sharded
@@ -615,11 +756,15 @@ def test_200_files_of_which_a_tenth_is_bad_go_from_meta_to_training(world, comma
         *train_flags(world, f"--config.dataset.data_path={out}/clips/meta.parquet")[1:],
     ]
     flags += [f"--config.latents={out}/latents", f"--config.workdir={out}/run", "--config.dataset.max_bad_rate=0.2"]
-    encoded = command("dataset", "encode", *flags)
-    assert "left out: 1 of the clips" in encoded.stdout
+    encoded = command("dataset", "encode", *flags).stdout
+    assert sum(map(int, re.findall(r"left out: (\d+) of the clips: ", encoded))) == damaged
     trained = command("train", *flags, "--config.loop.num_steps=50", "--config.loop.log_every=10")
     assert "images" not in trained.stderr
     lines = metrics(out / "run")
     assert lines[-1]["step"] == 50
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[-1]["replaced_samples"] == 0
+    flags += ["--config.latents=", f"--config.workdir={out}/from_clips", "--config.loop.num_steps=3"]
+    trained = command("train", *flags, "--config.bucket_config['32px_ar1:1'][1]=(0.0,4)")
+    assert metrics(out / "from_clips")[-1]["replaced_samples"] > 0
+    assert re.search(r"cannot read \S+_a_clip\.mp4: (ffmpeg: \S|9 frames wanted)", trained.stderr)

@@ -26,7 +26,7 @@ from opensora_jax.diffusion.sampler import Progress, Prompt, Velocity, branch_pr
 from opensora_jax.inference.references import read_references
 from opensora_jax.inference.request import Request, SamplingOption, image_size, latent_shape
 from opensora_jax.models.codec import Codec
-from opensora_jax.parallel.batch import batch_sharding
+from opensora_jax.parallel.batch import batch_sharding, to_host
 from opensora_jax.parallel.mesh import data_shards
 
 Video = UInt8[np.ndarray, "T H W 3"]
@@ -132,7 +132,7 @@ class Pipeline:
         for start in range(0, len(latents), size):
             chunk = latents[start : start + size]
             padded = jnp.concatenate([chunk, jnp.repeat(chunk[-1:], size - len(chunk), axis=0)])
-            for video in np.asarray(self._codec.decode(padded, num_frames))[: len(chunk)]:
+            for video in to_host(self._codec.decode(padded, num_frames))[: len(chunk)]:
                 yield trim(video, num_frames, cond_type, self.autoencoder)
 
 

@@ -14,6 +14,7 @@ from opensora_jax.config.errors import UserError
 from opensora_jax.data.plan import aspect
 from opensora_jax.diffusion.conditions import CONDITIONS, frame_mask
 from opensora_jax.diffusion.guidance import GuidanceConfig
+from opensora_jax.models.sizes import check_gives_back
 
 METHODS = ("i2v", "distill")  # three-branch guidance; guidance as an input of the model (Flux-dev)
 
@@ -27,6 +28,10 @@ class LatentGeometry(Protocol):
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Returns latent (frames, height, width); raises ValueError for sizes it cannot take."""
+        ...
+
+    def gives_back(self, frames: int) -> bool:
+        """Returns whether decoding the latent of so many frames gives all of them."""
         ...
 
 
@@ -116,6 +121,7 @@ def latent_shape(
     height, width = image_size(option, multiple)
     try:
         shape = autoencoder.latent_shape(option.num_frames, height, width)
+        check_gives_back(autoencoder, option.num_frames)
         if cond_type != "t2v":
             frame_mask(cond_type, shape[0], autoencoder.is_causal)
     except ValueError as error:

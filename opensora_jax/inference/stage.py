@@ -96,7 +96,12 @@ class Stage:
             "cond_type": self.cond_type,
             "sampling_option": asdict(self.option) | {"seed": None},  # each request has its own
             "sections": sections,
-            "weights": {n: outputs.weights_identity(s["from_pretrained"]) for n, s in sections.items()},
+            "weights": {
+                f"{name}.{field}": outputs.weights_identity(section[field])
+                for name, section in sections.items()
+                for field in ("from_pretrained", "adapter")
+                if section.get(field)
+            },
         }
 
     def load(self, encode_text: TextEncoder, mesh: Mesh, dtype: DTypeLike, batch_sizes: tuple[int, int]) -> Pipeline:

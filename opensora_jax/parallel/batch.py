@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opensora_jax.parallel.mesh import BATCH_AXES, data_shards
@@ -43,6 +44,13 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
         name: jax.make_array_from_process_local_data(split if array.ndim else whole, array)
         for name, array in batch.items()
     }
+
+
+def to_host(array: Array) -> np.ndarray:
+    """Returns all of a global array in the memory of every process, which all call this."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def abstract_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -3,13 +3,17 @@
 It has to happen before anything asks JAX for devices.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from opensora_jax.config.errors import UserError
 
@@ -57,6 +61,18 @@ def connect(config: DistributedConfig) -> None:
     logging.info(
         "process %d of %d, %d devices here", jax.process_index(), jax.process_count(), jax.local_device_count()
     )
+
+
+def from_first(value: Any) -> Any:
+    """Returns the value that process 0 has, in all processes, which call this together; it is one that JSON can hold.
+
+    So they do the same where they might see different things: a file, a clock, the memory of a device.
+    """
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    return json.loads(multihost_utils.broadcast_one_to_all(np.resize(text, length)).tobytes())
 
 
 def is_one_of_many(environment: Mapping[str, str], devices: Path) -> bool:

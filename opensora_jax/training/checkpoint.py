@@ -4,24 +4,42 @@ A save that a crash cut short leaves a temporary folder that no restore looks at
 since the abstract state brings a sharding for every leaf.
 """
 
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from opensora_jax.config.errors import UserError
+from opensora_jax.config.explain import explain
 from opensora_jax.weights.workdir import check_same
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # that numbers may depend on
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a run's numbers may depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 class Checkpoints:
     """The checkpoints under `<workdir>/checkpoints`, named by the number of finished steps.
 
-    The newest `keep_n_latest` are kept, and those of every `keep_every`-th step (0: none).
+    The newest `keep_n_latest` are kept, and those of every `keep_every`-th step (0: none). A save that the disk refuses
+    (it is full, say) leaves the steps before it whole; it ends the run, or, if the run `goes_on`, is a warning. Only a
+    run of one process can go on: other processes would wait for the one that failed.
     """
 
-    def __init__(self, workdir: Path, keep_n_latest: int, keep_every: int = 0):
+    def __init__(self, workdir: Path, keep_n_latest: int, keep_every: int = 0, *, goes_on: bool = False):
         self.folder = (workdir / "checkpoints").absolute()
+        self._goes_on = goes_on and jax.process_count() == 1
         kept: list[Any] = [preservation_policy.LatestN(keep_n_latest)]
         kept += [preservation_policy.EveryNSteps(keep_every)] if keep_every else []
         self._manager = ocp.CheckpointManager(
@@ -42,9 +60,18 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Starts saving a step in the background; a save still running is waited for first."""
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=arguments)
+        """Starts saving a step in the background; a save still running is waited for first.
+
+        The metadata gets the versions of packages. Raises: UserError when the disk refuses this save or has refused the
+        one before, unless the run goes on.
+        """
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"versions": versions()})
+        )
+        with self.refusals():
+            self._manager.wait_until_finished()
+        with self.refusals():
+            self._manager.save(step, args=arguments)
 
     def restore(self, abstract: Any, expected: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Returns the newest state, placed as `abstract` says, with its metadata, or None when there is none.
@@ -56,10 +83,40 @@ class Checkpoints:
             return None
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         check_same(expected, meta, f"{self.folder}/{step}")
+        others = [f"{name} {old}" for name, old in meta.get("versions", {}).items() if versions().get(name) != old]
+        if others:
+            logging.info("step %d was saved with %s: losses may differ in their last bits", step, ", ".join(others))
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         return restored["state"], meta
 
     def close(self) -> None:
-        """Waits for the last save to be complete and releases the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the last save to be complete and releases the folder.
+
+        Raises: UserError when the disk refuses it: nothing comes after the last save that could make up for it.
+        """
+        self._goes_on = False
+        with self.refusals():
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Tells of what the disk refuses in one line, with what is left; what a save had written is removed.
+
+        Raises: UserError, unless the run goes on.
+        """
+        try:
+            yield
+        except Exception as error:
+            reason = explain(error)
+            if reason is None:
+                raise
+            for cut_short in self.folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(cut_short, ignore_errors=True)
+            left = "no checkpoint yet" if self.latest_step is None else f"the checkpoint of step {self.latest_step}"
+            message = f"{reason}; {self.folder} keeps {left}"
+            if not self._goes_on:
+                raise UserError(f"{message}, where the same command continues") from error
+            logging.warning("%s; training goes on", message)

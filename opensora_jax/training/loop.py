@@ -1,10 +1,11 @@
 """The loop every training command runs: batches in, steps, metrics and checkpoints out, and exact continuation."""
 
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -17,15 +18,21 @@ from opensora_jax.config.files import write_json
 from opensora_jax.parallel.batch import batch_size, prefetch
 from opensora_jax.training.checkpoint import Checkpoints
 from opensora_jax.training.metrics import open_metrics
+from opensora_jax.training.periodic import Periodic, look_at
 from opensora_jax.training.preemption import Preemption
+from opensora_jax.training.profiling import ProfileConfig, Profiler
 from opensora_jax.training.programs import AbstractBatch, Programs
 from opensora_jax.training.state import TrainState
 from opensora_jax.training.throughput import Throughput, Work
+from opensora_jax.training.wandb_writer import WandbConfig
+from opensora_jax.weights.workdir import flatten
 
 Batch = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 Batches = Callable[[int, int], Iterator[dict[str, np.ndarray]]]
 
+CONFIG_FILE = "config.json"
+SHOWN = 5  # changed fields in a message
 REPLACED = "replaced_samples"  # samples so far that stand in for clips that cannot be read, in all batches and hosts
 
 
@@ -36,10 +43,11 @@ def samples_of(batch: Batch) -> Work:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long to train, and how often to log and to save, in steps.
+    """How long to train, how often to log and to save, in steps, and where metrics go besides the workdir.
 
     Of the checkpoints the `keep_n_latest` newest stay, and those of every `keep_every`-th step (0: none). A run ends
-    when it had to skip more than `max_skipped` updates, whose loss or gradient was not finite.
+    when it had to skip more than `max_skipped` updates, whose loss or gradient was not finite. When the disk is full a
+    run stops with its last checkpoint, or goes on without this one.
     """
 
     num_steps: int
@@ -48,6 +56,9 @@ class LoopConfig:
     keep_n_latest: int
     keep_every: int
     max_skipped: int
+    on_full_disk: Literal["stop", "go_on"]
+    profile: ProfileConfig
+    wandb: WandbConfig
 
     def __post_init__(self):
         """All counts are positive."""
@@ -83,22 +94,26 @@ class Run:
         *,
         encode: Callable[[Batch], Batch] = lambda batch: batch,
         work: Callable[[Batch], Work] = samples_of,
+        periodic: Sequence[Periodic] = (),
     ) -> TrainState:
         """Returns the state after `config.num_steps` steps, continuing from the newest checkpoint in `workdir`.
 
         `batches(start, stop)` yields this host's part of the batches of those steps, which `encode` turns into what the
         step reads, on the devices. `examples` has the shapes of all these, for which the step is compiled first; `work`
-        says how much a step does. A run that was killed and started again gives the same losses as one that was not:
-        data, noise and state depend on the step alone. On SIGTERM the state is saved and the process exits with
-        status 0.
-        Raises: UserError when a step does not fit into memory, or too many updates were skipped.
+        says how much a step does, and `periodic` is what else looks at the state now and then. A run that was killed
+        and started again gives the same losses as one that was not: data, noise and state depend on the step alone. On
+        SIGTERM the state is saved and the process exits with status 0.
+        Raises: UserError when a step does not fit into memory, when too many updates were skipped, and when the disk
+        refuses a checkpoint.
         """
         with jax.set_mesh(self.mesh):
-            programs = Programs(_counting(step), abstract, self.mesh)
-            checkpoints = Checkpoints(self.workdir, self.config.keep_n_latest, self.config.keep_every)
+            programs = Programs(counting(step), abstract, self.mesh)
+            goes_on = self.config.on_full_disk == "go_on"
+            kept = self.config.keep_n_latest, self.config.keep_every
+            checkpoints = Checkpoints(self.workdir, *kept, goes_on=goes_on)
             try:
                 self._start(checkpoints.latest_step or 0)
-                state, saved = checkpoints.restore(self._kept(abstract), self.meta) or (None, {REPLACED: 0})
+                state, saved = self._restore(checkpoints, abstract) or (None, {REPLACED: 0})
                 if checkpoints.latest_step != self.config.num_steps:
                     programs.compile(examples)
                 if state is None:
@@ -106,9 +121,23 @@ class Run:
                 elif not self.save_frozen:
                     state = state._replace(frozen=init().frozen)
                 feed = _Feed(batches, self.mesh, encode)
-                return self._fit(programs, state, saved[REPLACED], feed, checkpoints, work)
+                return self._fit(programs, state, saved[REPLACED], feed, checkpoints, work, periodic)
             finally:
                 checkpoints.close()
+
+    def _restore(self, checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Returns the newest state. Raises: UserError for that of another run, with the fields that are others now."""
+        try:
+            return checkpoints.restore(self._kept(abstract), self.meta)
+        except UserError as error:
+            path = self.workdir / CONFIG_FILE
+            before = flatten(json.loads(path.read_text())) if path.is_file() else {}
+            now = flatten(json.loads(json.dumps(self.settings, default=str)))
+            names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+            if not before or not names:
+                raise
+            listed = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+            raise UserError(f"{error}; since {path} was written these fields have changed: {listed}") from error
 
     def _start(self, start: int) -> None:
         stop = self.config.num_steps
@@ -128,31 +157,40 @@ class Run:
         feed: "_Feed",
         checkpoints: Checkpoints,
         work: Callable[[Batch], Work],
+        periodic: Sequence[Periodic],
     ) -> TrainState:
         start, stop, config = int(state.step), self.config.num_steps, self.config
         key, skipped = programs.key(self.seed), int(state.skipped)
         total, is_first = cast(Any, np.int32(replaced)), jax.process_index() == 0
         if is_first:
-            write_json(self.workdir / "config.json", self.settings)
+            write_json(self.workdir / CONFIG_FILE, self.settings)
         speed = Throughput(self.mesh.size, self.mesh.devices.flat[0].device_kind)
         with (
-            open_metrics(self.workdir, start, is_first) as writer,
+            open_metrics(self.workdir, start, is_first, wandb=config.wandb, settings=self.settings) as writer,
             Preemption() as preemption,
+            Profiler(config.profile, self.workdir / "profile") as profiler,
             tqdm(total=stop, initial=start, desc=self.title, unit="step", disable=not is_first) as bar,
         ):
             for number, batch in enumerate(feed.batches(start, stop), start=start + 1):
+                profiler.before(number)
                 state, metrics = programs(state, batch, key)
+                profiler.after(number, metrics)
                 speed.add(work(batch), feed.waited())
                 total = metrics[REPLACED] = total + metrics[REPLACED]
                 stopping = preemption.is_due(number)
-                if number % config.log_every == 0 or number == stop or stopping:
+                due = [] if stopping else [one for one in periodic if one.is_due(number, stop)]
+                if number % config.log_every == 0 or number == stop or stopping or due:
                     scalars = {name: float(value) for name, value in metrics.items()}  # waits for the device
                     scalars |= speed.lap()
-                    writer.write(number, scalars, programs.bucket(batch))
+                    seen = look_at(state, due)
+                    with checkpoints.refusals():  # metrics lie on the same disk
+                        writer.write(number, scalars | seen.scalars, programs.bucket(batch), seen.videos)
+                    speed.start()  # looking is no training
                     bar.set_postfix(_shown(scalars), refresh=False)
                     self._check_skipped(int(state.skipped) - skipped, number)
                 if number % config.ckpt_every == 0 or number == stop or stopping:
-                    checkpoints.save(number, self._kept(state), self.meta | {REPLACED: int(total)})
+                    about = {REPLACED: int(total), "config": self.settings}
+                    checkpoints.save(number, self._kept(state), self.meta | about)
                 bar.update()
                 if stopping and number < stop:
                     checkpoints.close()
@@ -195,7 +233,7 @@ class _Feed:
         return seconds
 
 
-def _counting(step: Step) -> Step:
+def counting(step: Step) -> Step:
     """Returns the step with the number of samples among its metrics that stand in for clips that cannot be read."""
 
     def run(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -40,6 +40,17 @@ class Program:
         return max(int((limit - self.state_bytes) / each), 0)
 
 
+class TooLargeError(UserError):
+    """The compiler itself refused a step that does not fit a device, as those of TPUs do; `reason` is what it says."""
+
+    def __init__(self, bucket: str, reason: str):
+        super().__init__(
+            f"{bucket} does not fit into the memory of a device: {reason.rstrip('.')}. Raise model.grad_ckpt_settings, "
+            "or lower its batch size, or raise mesh.fsdp or mesh.seq"
+        )
+        self.reason = reason
+
+
 class Programs:
     """Calls the step `(state, batch, key) -> (state, metrics)` in the form that was compiled for the batch's shapes."""
 
@@ -55,11 +66,19 @@ class Programs:
         Raises: UserError when one does not fit into the memory of a device.
         """
         limit = device_memory(self.mesh)
-        found = [self._compile(name, batch) for name, batch in tqdm(examples.items(), desc="compile", unit="bucket")]
+        found = []
+        for name, batch in tqdm(examples.items(), desc="compile", unit="bucket"):
+            program, compiled = self._compile(name, batch)
+            self._compiled[shapes_of(batch)] = name, compiled
+            found.append(program)
         logging.info("%s", describe(found, limit))
         if limit and any(program.peak_bytes > limit for program in found):
             raise UserError(too_large([program for program in found if program.peak_bytes > limit], limit))
         return found
+
+    def measure(self, name: str, batch: AbstractBatch) -> Program:
+        """Returns what compiling for a batch finds, and keeps no program. Raises: TooLargeError."""
+        return self._compile(name, batch)[0]
 
     def __call__(self, state: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         """Returns the next state and the metrics; shapes without a compiled form are compiled now."""
@@ -74,19 +93,24 @@ class Programs:
         """Returns the run's random key, on all devices."""
         return jax.device_put(jax.random.key(seed), NamedSharding(self.mesh, PartitionSpec()))
 
-    def _compile(self, name: str, batch: AbstractBatch) -> Program:
+    def _compile(self, name: str, batch: AbstractBatch) -> tuple[Program, Any]:
         before = time.perf_counter()
-        compiled = self._step.lower(self._abstract, batch, self.key(0)).compile()
-        self._compiled[shapes_of(batch)] = name, compiled
+        try:
+            compiled = self._step.lower(self._abstract, batch, self.key(0)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise TooLargeError(name, str(error).splitlines()[0]) from error
         memory: Any = compiled.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        return Program(
+        program = Program(
             name,
             batch_size(batch),
             time.perf_counter() - before,
             peak - memory.alias_size_in_bytes,
             sum(_bytes_on_a_device(leaf) for leaf in jax.tree.leaves(self._abstract)),
         )
+        return program, compiled
 
 
 def _bytes_on_a_device(leaf: jax.ShapeDtypeStruct) -> int:

@@ -25,16 +25,20 @@ class Throughput:
 
     def __init__(self, devices: int, kind: str):
         self._devices, self._peak = devices, PEAK_FLOPS.get(kind)
-        self._steps, self._work, self._waited, self._start = 0, Work(), 0.0, time.perf_counter()
+        self.start()
+
+    def start(self) -> None:
+        """Starts a lap now."""
+        self._steps, self._work, self._waited, self._began = 0, Work(), 0.0, time.perf_counter()
 
     def add(self, work: Work, waited: float) -> None:
         """Counts a step, which waited so many seconds for its batch."""
         self._steps, self._work, self._waited = self._steps + 1, self._work + work, self._waited + waited
 
     def lap(self) -> dict[str, float]:
-        """Returns means since the last lap; `mfu` is the share of what the devices can do, where that is known."""
-        now, work, steps = time.perf_counter(), self._work, max(self._steps, 1)
-        seconds = now - self._start
+        """Returns means of a lap and starts the next; `mfu` is the share of what the devices can do, if it is known."""
+        work, steps = self._work, max(self._steps, 1)
+        seconds = time.perf_counter() - self._began
         found = {
             "step_seconds": seconds / steps,
             "data_wait_seconds": self._waited / steps,
@@ -44,7 +48,7 @@ class Throughput:
             flops = work.flops / seconds / self._devices
             found |= {"tokens_per_second": work.tokens / seconds, "tflops_per_device": flops / 1e12}
             found |= {"mfu": flops / self._peak} if self._peak else {}
-        self._steps, self._work, self._waited, self._start = 0, Work(), 0.0, now
+        self.start()
         return found | peak_memory()
 
 

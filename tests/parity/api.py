@@ -33,6 +33,10 @@ class FakeAutoencoder:
         latent = (frames - 1) // t + 1 if self.is_causal or frames == 1 else frames // t
         return latent, height // h, width // w
 
+    def gives_back(self, frames: int) -> bool:
+        """Returns whether decoding gives all frames back."""
+        return True
+
     def decode(self, latents: Array | np.ndarray) -> np.ndarray:
         """Returns pixels B T H W 3."""
         pixels = np.asarray(latents)[..., :3]

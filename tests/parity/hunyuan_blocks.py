@@ -11,6 +11,7 @@ from flax import nnx
 
 from opensora_jax.kernels.attention import attention
 from opensora_jax.models import hunyuan_vae as ours
+from opensora_jax.nn import frame_attention
 from opensora_jax.nn.conv3d import CausalConv3d
 from opensora_jax.weights.params import export_params, load_params
 from tests.parity.golden import QUICK, Golden, Tolerance, channels_first, channels_last
@@ -30,12 +31,12 @@ def blocks(golden: Golden) -> None:
     for name in golden.part("out/"):
         if name.startswith("mask_allowed"):
             frames, positions = (int(part.lstrip("Thw")) for part in name.split("_")[-2:])
-            golden.compare(f"out/{name}", ours.frame_causal_mask(frames, positions))
+            golden.compare(f"out/{name}", frame_attention.frame_causal_mask(frames, positions))
             continue
         block, given = name.split("__")
         graph, params = _load(made[block], weights, block.removesuffix("_nomask"))
         run = jit(lambda params, x, graph=graph: nnx.merge(graph, params)(x))
-        with mock.patch.object(ours, "attention", _unmasked if block.endswith("_nomask") else attention):
+        with mock.patch.object(frame_attention, "attention", _unmasked if block.endswith("_nomask") else attention):
             golden.compare(f"out/{name}", channels_first(run(params, inputs[given])), OUTPUT)
     graph, params = _load(made["mid"], weights, "mid")
     grads = jit(jax.grad(lambda params: jnp.mean(nnx.merge(graph, params)(inputs["x"]) ** 2)))(params)

@@ -78,8 +78,7 @@ DRIVERS: dict[str, Driver] = {
     "manifest:hunyuan_vae": manifests.published,
 }
 
-TRAINING, GAN = "training like the original's", "GAN training of autoencoders"
-STDIT3, AUTOENCODERS = "STDiT3 of Open-Sora 1.2", "other autoencoders"
+STDIT3, GAN = "STDiT3 of Open-Sora 1.2", "GAN training of autoencoders"
 
 PENDING: dict[str, str] = {
     # prefix: the work that it belongs to

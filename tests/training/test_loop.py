@@ -1,8 +1,12 @@
 """The loop on a model of one matrix: exact continuation, other meshes, and checkpoints that do not fit."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +19,15 @@ from opensora_jax.config.errors import UserError
 from opensora_jax.nn.linear import Linear
 from opensora_jax.parallel.batch import abstract_batch
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
+from opensora_jax.training import checkpoint
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.metrics import MetricsWriter, read_metrics
 from opensora_jax.training.optimizer import Optimizer
+from opensora_jax.training.periodic import Periodic, Seen
+from opensora_jax.training.profiling import ProfileConfig
 from opensora_jax.training.state import make_train_step, plan_state
+from opensora_jax.training.wandb_writer import WandbConfig
+from opensora_jax.weights.workdir import Stored
 from tests.training.losses import Keyed
 
 ADAM = Optimizer(optax.scale_by_adam(), lambda step: 1e-2, grad_clip=float("inf"))
@@ -37,7 +46,30 @@ def batches(start, stop):
         yield {"x": x, "step": np.asarray(step), "replaced": replaced}
 
 
-def train(workdir, steps, *, mesh=(-1, 1, 1, 1), meta=META, stop_after=None, make_batches=batches, max_skipped=0):
+LOOP = LoopConfig(
+    num_steps=1,
+    log_every=1,
+    ckpt_every=2,
+    keep_n_latest=2,
+    keep_every=0,
+    max_skipped=0,
+    on_full_disk="stop",
+    profile=ProfileConfig(at=0, steps=1),
+    wandb=WandbConfig(project="", name=""),
+)
+
+
+def train(
+    workdir,
+    steps,
+    *,
+    mesh=(-1, 1, 1, 1),
+    meta=META,
+    stop_after=None,
+    make_batches=batches,
+    periodic=(),
+    **loop,
+):
     mesh = make_mesh(MeshConfig(*mesh))
     graphdef, abstract, init = plan_state(lambda: Linear(8, 8, rngs=nnx.Rngs(0)), ADAM, mesh, ema=True)
 
@@ -47,12 +79,10 @@ def train(workdir, steps, *, mesh=(-1, 1, 1, 1), meta=META, stop_after=None, mak
                 raise KeyboardInterrupt
             yield batch
 
-    config = LoopConfig(
-        num_steps=steps, log_every=1, ckpt_every=2, keep_n_latest=2, keep_every=0, max_skipped=max_skipped
-    )
-    run = Run(workdir, "test", 3, mesh, config, meta, {"loop": {"num_steps": steps}})
+    run = Run(workdir, "test", 3, mesh, replace(LOOP, num_steps=steps, **loop), meta, {"loop": {"num_steps": steps}})
     step = make_train_step(graphdef, Keyed(loss), ADAM, ema_decay=0.9)
-    return run.fit(step, init, abstract, some, {"all": abstract_batch(next(batches(0, 1)), mesh)})
+    examples = {"all": abstract_batch(next(batches(0, 1)), mesh)}
+    return run.fit(step, init, abstract, some, examples, periodic=periodic)
 
 
 def losses(workdir):
@@ -70,6 +100,17 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path):
     assert_same(train(tmp_path / "cut", 7), whole)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert [line["step"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl")] == list(range(1, 8))
+
+
+def test_a_checkpoint_holds_the_config_and_the_versions_it_was_made_with(tmp_path, caplog, monkeypatch):
+    train(tmp_path, 2)
+    meta = Stored(tmp_path).meta
+    assert meta["config"] == {"loop": {"num_steps": 2}}
+    assert meta["versions"]["jax"] == jax.__version__
+    monkeypatch.setattr(checkpoint, "versions", lambda: meta["versions"] | {"jax": "0.1"})
+    with caplog.at_level("INFO", logger="absl"):
+        train(tmp_path, 4)
+    assert f"step 2 was saved with jax {jax.__version__}: losses may differ" in caplog.text
 
 
 def test_replaced_samples_are_counted_through_a_restart(tmp_path):
@@ -99,6 +140,12 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_field(tmp_path):
     train(tmp_path, 2)
     with pytest.raises(UserError, match=r"model\.size is 8 there and 16 in the config"):
         train(tmp_path, 4, meta=META | {"model": {"size": 16}})
+
+
+def test_the_config_of_another_run_is_refused_with_the_fields_that_have_changed(tmp_path):
+    train(tmp_path, 2, meta=META | {"plan": "one"})
+    with pytest.raises(UserError, match=r"plan is 'one' there and 'two' .*config\.json .* changed: loop\.num_steps$"):
+        train(tmp_path, 4, meta=META | {"plan": "two"})
 
 
 def test_a_folder_of_unreadable_steps_is_refused(tmp_path):
@@ -169,3 +216,74 @@ def test_sigterm_saves_the_step_and_exits_with_status_0(tmp_path):
     kept = max(int(path.name) for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert kept == 5  # the batch of step 6 was asked for while step 5 ran
     assert_same(train(tmp_path / "cut", 9), train(tmp_path / "whole", 9))
+
+
+def test_what_looks_at_the_state_does_so_now_and_then_and_at_the_end(tmp_path):
+    seen = []
+
+    def look(state):
+        seen.append(int(state.step))
+        return Seen({"seen": 10.0 * int(state.step)}, {})
+
+    def other(state):
+        return Seen({"other": 1.0}, {})
+
+    train(tmp_path, 7, log_every=5, periodic=[Periodic(3, look), Periodic(0, other)])
+    assert seen == [3, 6, 7]
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line.get("seen")) for line in lines] == [(3, 30.0), (5, None), (6, 60.0), (7, 70.0)]
+    assert all("loss" in line and "other" not in line for line in lines)
+
+
+# Threads of Orbax that meet a full disk leave coroutines behind.
+ORBAX_THREADS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Returns a disk of 4 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "disk", str(place)], capture_output=True).returncode:
+        pytest.skip("this machine lets no user mount a disk")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def filling(disk, free=None):
+    """Returns batches in front of which the disk gets full once step 2 is saved, and free again before another."""
+
+    def some(start, stop):
+        for batch in batches(start, stop):
+            if int(batch["step"]) == 3:
+                deadline = time.monotonic() + 60
+                while not (disk / "run" / "checkpoints" / "2").exists():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+                    while file.write(b"x" * 4096):
+                        pass
+            if int(batch["step"]) == free:
+                (disk / "filler").unlink()
+            yield batch
+
+    return some
+
+
+@ORBAX_THREADS
+def test_a_full_disk_stops_a_run_that_keeps_its_last_checkpoint(disk):
+    with pytest.raises(UserError, match=r"no space is left.* keeps the checkpoint of step 2, where the same command"):
+        train(disk / "run", 9, make_batches=filling(disk))
+    assert sorted(path.name for path in (disk / "run" / "checkpoints").iterdir()) == ["2"]
+    (disk / "filler").unlink()
+    assert int(train(disk / "run", 9).step) == 9
+
+
+@ORBAX_THREADS
+def test_a_run_may_go_on_without_the_checkpoints_that_a_full_disk_refuses(disk, tmp_path, caplog):
+    state = train(disk / "run", 9, make_batches=filling(disk, free=7), on_full_disk="go_on")
+    assert "keeps the checkpoint of step 2; training goes on" in caplog.text
+    assert sorted(path.name for path in (disk / "run" / "checkpoints").iterdir()) == ["8", "9"]
+    assert_same(state, train(tmp_path / "whole", 9))

@@ -11,7 +11,7 @@ from flax import nnx
 from opensora_jax.models.posterior import Posterior
 from opensora_jax.nn.conv3d import CausalConv3d
 from opensora_jax.training import vae
-from opensora_jax.training.reconstruction import LatentSums, latent_statistics
+from opensora_jax.training.latent_sums import LatentSums
 
 
 def test_the_vae_loss_weighs_its_terms():
@@ -28,6 +28,8 @@ def test_the_vae_loss_weighs_its_terms():
     assert parts["l2"] == pytest.approx(0.25)
     assert parts["kl"] == pytest.approx(0.5)  # of N(1, 1), per value
     assert total == pytest.approx(0.5 + 2.5 + 50.0)
+    pixels = {"video": jnp.full((2, 1, 4, 4, 3), -1.0)}  # as `dataset.resize=original` gives them
+    assert vae.VAELoss(vae.VAELossConfig(1.0, 10.0, 100.0))(Model(), pixels, jax.random.key(0))[0] == total
 
 
 def test_summed_losses_count_every_value_of_a_frame_and_of_a_latent():
@@ -71,7 +73,7 @@ def summed(sums, batches):
 
 def test_latent_statistics_are_those_of_all_values_together():
     parts = [np.random.default_rng(i).normal(i, 2, (2, 3, 2, 1, 4, 5)) for i in range(3)]
-    mean, std = latent_statistics((means, spread**2) for means, spread in parts)
+    mean, std = summed(LatentSums(), [(means, spread**2) for means, spread in parts]).result()
     means, spread = np.concatenate(parts, axis=1).reshape(2, -1, 5)
     np.testing.assert_allclose(mean, means.mean(0))
     np.testing.assert_allclose(std, np.sqrt(means.var(0) + (spread**2).mean(0)))

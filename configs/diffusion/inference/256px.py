@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
                 "rename_keys": {},
                 "strict_load": True,
                 "layout": "same",
+                "adapter": placeholder(str),  # folder of a LoRA that is merged into the weights
                 "in_channels": 64,  # 16 latent channels x 2 x 2
                 "vec_in_dim": 768,
                 "context_in_dim": 4096,

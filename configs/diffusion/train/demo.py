@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
                 "rename_keys": {},
                 "strict_load": True,
                 "layout": "same",
+                "adapter": placeholder(str),  # folder of a LoRA that is merged into the weights
                 "in_channels": 32,  # 8 latent channels x 2 x 2
                 "vec_in_dim": 64,
                 "context_in_dim": 64,
@@ -63,8 +64,10 @@ def get_config() -> ConfigDict:
                 "fps_suffix": False,
                 "motion_score": "",
             },
-            # resolution: {frames: (probability, batch size)}
+            # resolution: {frames: (probability, batch size, or "auto": the largest that fits)}
             "bucket_config": {"32px_ar1:1": {9: (1.0, 16)}},
+            # what "auto" may take of a device (memory_gib: what it says), and the most samples of a data shard
+            "auto_batch": {"memory_gib": placeholder(float), "headroom": 0.05, "largest": 1024},
             "loader": {"num_workers": 2, "prefetch": 2},  # clips decoded at a time, batches read ahead; per host
             "small_buckets": "repeat",
             "flow": {"time_sampling": "logit_normal", "stratified": True, "flow_shift": 1.0},
@@ -72,6 +75,41 @@ def get_config() -> ConfigDict:
             "condition_config": {"t2v": 1.0, "i2v_head": 0.0, "i2v_loop": 0.0, "i2v_tail": 0.0},
             "no_i2v_ref_loss": False,
             "guidance": placeholder(float),  # for models with guidance_embed
+            # The loss on other clips, a cache of theirs or their table, every so many steps (0: never), at fixed times
+            "validation": {
+                "every": 0,
+                "latents": "",
+                "data_path": "",
+                "batches": 16,
+                "times": (0.1, 0.3, 0.5, 0.7, 0.9),
+            },
+            # Videos of these prompts, every so many steps (0: never)
+            "preview": {
+                "every": 0,
+                "prompts": (
+                    "a red circle moves up on a dark background",
+                    "a blue square moves left on a light background",
+                ),
+                "fps_save": 8.0,
+                "decode_batch_size": 8,
+                "sampling_option": {
+                    "resolution": "32px",
+                    "aspect_ratio": "1:1",
+                    "height": placeholder(int),
+                    "width": placeholder(int),
+                    "num_frames": 9,
+                    "num_steps": 25,
+                    "shift": True,
+                    "flow_shift": 1.0,  # as in training: three latent frames of 16 tokens need no shift
+                    "guidance": 3.0,
+                    "guidance_img": placeholder(float),
+                    "text_osci": False,
+                    "image_osci": False,
+                    "scale_temporal_osci": False,
+                    "method": "i2v",
+                    "seed": 42,
+                },
+            },
             "dropout_ratio": {"t5": 0.15, "clip": 0.15},
             "lora": None,  # configs/diffusion/train/lora.py has one
             "optim": {
@@ -97,6 +135,9 @@ def get_config() -> ConfigDict:
                 "keep_n_latest": 2,
                 "keep_every": 0,  # keep every so many steps' checkpoint for good; 0: none
                 "max_skipped": 10,  # updates with a loss or gradient that is not finite
+                "on_full_disk": "stop",  # or go_on, without that checkpoint
+                "profile": {"at": 0, "steps": 3},  # the step to profile from (0: none; SIGUSR1: now), and how many
+                "wandb": {"project": "", "name": ""},  # "": no Weights & Biases; the workdir's name
             },
         }
     )

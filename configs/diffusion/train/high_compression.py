@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.bucket_config = {
         "768px": {1: (1.0, 20)} | rows(1.0, (16, 32, 8), (36, 64, 4), (68, 96, 3), (100, 128, 2)),
     }
+    config.preview.sampling_option = published.sampling_option
     config.optim.lr = 3e-5
     config.loop.ckpt_every = 250
     return config

@@ -16,6 +16,13 @@ from ml_collections.config_dict import placeholder
 
 from configs.diffusion.train import demo
 
+PROMPTS = (  # of `preview`, as the captions in training end
+    "A fishing boat leaves a small harbour at dawn, gulls circling above it. 24 FPS, 4 motion score.",
+    "A woman in a yellow coat walks through a crowded night market, steam rising. 24 FPS, 4 motion score.",
+    "Rain falls on the leaves of a garden, seen from close by. 24 FPS, 2 motion score.",
+    "A drone flies over snow-covered mountains in the evening sun. 24 FPS, 6 motion score.",
+)
+
 
 def rows(keep: float, *sizes: tuple[int, int, int]) -> dict[int, tuple[float, int]]:
     """Returns lines of a bucket_config, one for every fourth number of frames, from (first, last, batch size)."""
@@ -39,6 +46,9 @@ def get_config() -> ConfigDict:
     config.small_buckets = "drop"
     config.flow.update(stratified=False)
     config.flow.flow_shift = placeholder(float)  # follows from the size of the latent
+    config.preview.update(prompts=PROMPTS, fps_save=24.0, decode_batch_size=1)
+    config.preview.sampling_option = published.sampling_option
+    config.preview.sampling_option.num_frames = 1
     config.dropout_ratio.update(t5=0.31622777, clip=0.31622777)
     config.optim.update(cls="adamw", lr=1e-5, betas=(0.9, 0.999), eps=1e-15, warmup_steps=0, lr_schedule="constant")
     config.ema_decay = placeholder(float)

@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
         "768px": {1: (0.5, 13)},
         "1024px": {1: (0.5, 7)},
     }
+    config.preview.sampling_option.num_frames = 33
     config.optim.lr = 5e-5
     config.loop.ckpt_every = 2000
     return config

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
         "256px": {1: (1.0, 130)} | rows(1.0, (5, 33, 14), (37, 65, 10), (73, 97, 7), (101, 129, 6)),
         "768px": {1: (1.0, 38)} | rows(1.0, (5, 33, 6), (37, 65, 4), (69, 97, 3), (101, 129, 2)),
     }
+    config.preview.sampling_option.num_frames = 33
     config.optim.lr = 5e-5
     config.loop.ckpt_every = 200
     return config
