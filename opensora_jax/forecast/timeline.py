@@ -6,14 +6,14 @@ efficiency, a collective what its bytes take on the links. Collectives that the 
 instructions until they are waited for; the others stop them. Loops count as often as they run.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from opensora_jax.forecast.chips import Chip
-from opensora_jax.forecast.hlo import COLLECTIVES, HOST, PRODUCTS, SCRATCH, Instruction, Module, fused, shape_bytes
+from opensora_jax.forecast.hlo import COLLECTIVES, HOST, PRODUCTS, Instruction, Module, fused
+from opensora_jax.forecast.moved import moved_bytes
 from opensora_jax.forecast.traffic import Collective, Network, axes_of, read_collective
 
 HOST_GBPS = 16.0  # between a chip and its host, either way
@@ -226,14 +226,8 @@ class _Walk:
 
     def _moving(self, one: Instruction) -> float:
         """Returns what reading an instruction's operands and writing its result takes."""
-        moved = [one, *(self.by_name[name] for name in one.operands if name in self.by_name)]
-        size = sum(shape_bytes(shape) for other in moved for shape in _in_memory(other.shape))
+        size = moved_bytes(self.t.module, one, [self.by_name[name] for name in one.operands if name in self.by_name])
         return size / (self.t.chip.hbm_bytes_per_second * self.t.assumed.memory_efficiency)
-
-
-def _in_memory(shape: str) -> list[str]:
-    """Returns the arrays of a shape that lie in a device's memory, and not in its core."""
-    return [array for array in re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", shape) if SCRATCH not in array]
 
 
 _MOVES = {"fusion", "copy", "convert", "transpose", "reduce", "broadcast", "concatenate", "pad", "slice", "dot"}

@@ -7,6 +7,7 @@ lock keeps two compilers from sharing the machine's memory.
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from opensora_jax.forecast.topology import ENVIRONMENT
 
 LOCK = Path(tempfile.gettempdir()) / f"opensora_jax_plan_{os.getuid()}.lock"
 SHOWN = 400  # characters of a reason
+_EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception|Interrupt)\b")
 Say = Callable[[str], None]
 
 
@@ -40,6 +42,7 @@ class Workplace:
 
     folder: Path
     timeout: float | int  # seconds
+    lock: Path = LOCK
 
     @property
     def texts(self) -> Path:
@@ -57,7 +60,7 @@ class Workplace:
             return found
         self.texts.mkdir(parents=True, exist_ok=True)
         self._answer(job).parent.mkdir(parents=True, exist_ok=True)
-        with locked(LOCK, say):
+        with locked(self.lock, say):
             return self.known(job) or self._run(job, say)
 
     def _run(self, job: Job, say: Say) -> Facts | Failure:
@@ -106,7 +109,8 @@ def reason_of(status: int | None, log: Path, timeout: float | int) -> str:
             ", perhaps for want of this machine's memory" if ended == "SIGKILL" else ""
         )
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("error: ")] or lines[-1:]
+    said = [line for line in lines if line.startswith("error: ")]
+    said = said or [line for line in lines if _EXCEPTION.match(line)] or lines[-1:]
     return said[-1].removeprefix("error: ")[:SHOWN] if said else f"the compiler's process ended with {status}"
 
 

@@ -18,9 +18,14 @@ GIB = 2**30
 JOB = Job("train", "32px, 9 frames", "v5e:2x2", {"mesh": {}}, {})
 TEXT = """HloModule m, is_scheduled=true
 
+%sine (x: f32[3]) -> f32[3] {
+  %x = f32[3]{0} parameter(0)
+  ROOT %s = f32[3]{0} sine(%x)
+}
+
 ENTRY %main (p: f32[3]) -> f32[3] {
   %p = f32[3]{0} parameter(0)
-  %f = f32[3]{0} fusion(%p), kind=kLoop, calls=%f, metadata={op_name="jit(step)/sin"}, \
+  %f = f32[3]{0} fusion(%p), kind=kLoop, calls=%sine, metadata={op_name="jit(step)/sin"}, \
 backend_config={"estimated_cycles":"1500000000"}
 }
 """
@@ -95,7 +100,7 @@ def test_a_forecast_in_words(texts):
     lines = "\n".join(report.block(one, 3.0))
     assert "6.00 GiB of 15.75 GiB: parameters 0.00 MiB, activations and results 5.00 GiB, code 1.00 GiB" in lines
     assert "time           2.000 s: 5.00 samples/s, 6 tokens/s, MFU 50.0%, $6.67 for 1000 steps" in lines
-    assert "fusions 2.000 s, waiting for the network 0.00 ms (of 0.00 ms)" in lines
+    assert "products 0.00 ms, other fusions 2.000 s (their bytes alone 0.00 ms), waiting for the network 0.00" in lines
     (titles, row) = report.table([("a", one)], 3.0)
     assert titles.split() == ["samples", "GiB", "fits", "step", "s", "MFU", "tokens/s", "$/1000"]
     assert row.split() == ["a", "10", "6.0", "yes", "2.000", "50.0%", "6", "6.67"]

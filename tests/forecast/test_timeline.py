@@ -27,6 +27,9 @@ def span(text: str, kernel_flops=lambda call: None, **assumed):
     return Timeline(Module(text), topology.chip, network, mesh, kernel_flops, Assumptions(**assumed)).read()
 
 
+NOTHING = "%f (x: f32[3]) -> f32[3] {\n  ROOT %x = f32[3]{0} parameter(0)\n}\n\n"
+
+
 def fusion(name: str, operand: str, milliseconds: int = 1) -> str:
     config = f'backend_config={{"estimated_cycles":"{milliseconds * CYCLES}"}}'
     return f"  %{name} = f32[3]{{0}} fusion(%{operand}), kind=kLoop, calls=%f, {config}\n"
@@ -34,6 +37,7 @@ def fusion(name: str, operand: str, milliseconds: int = 1) -> str:
 
 def program(*lines: str, before: str = "") -> str:
     start = "  %p = f32[3]{0} parameter(0)\n  %x = bf16[40000000]{0} parameter(1)\n"
+    before = before if "%f (" in before else f"{NOTHING}{before}"
     return (
         f"HloModule m, is_scheduled=true\n\n{before}ENTRY %main (p: f32[3]) -> f32[3] {{\n{start}{''.join(lines)}}}\n"
     )
@@ -117,6 +121,25 @@ def test_copies_to_the_host_are_waited_for_and_prefetches_are_not():
     lines = "  %y = f32[4000000]{0} parameter(2)\n", start, "  %d = f32[4000000]{0:S(5)} copy-done(%s)\n"
     assert span(program(*lines)).host == pytest.approx(1e-3)
     assert span(program(*(line.replace("S(5)", "S(1)") for line in lines))).seconds == 0
+
+
+def test_products_are_told_from_other_fusions_and_these_from_their_bytes():
+    product = """%mul (a: bf16[8,8], b: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  ROOT %c = bf16[8,8]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%f (x: f32[3]) -> f32[3] {
+  %x = f32[3]{0} parameter(0)
+  ROOT %n = f32[3]{0} negate(%x)
+}
+
+"""
+    multiply = fusion("m", "p", 4).replace("calls=%f", "calls=%mul")
+    found = span(program(multiply, fusion("a", "p", 2), before=product), memory_efficiency=0.5)
+    assert (found.products, found.fusions) == (pytest.approx(4e-3), pytest.approx(2e-3))
+    assert found.moving == pytest.approx(24 / (2765e9 * 0.5))
 
 
 def test_instructions_without_an_estimate_take_their_bytes():
