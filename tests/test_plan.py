@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,22 @@ SMALL = [
 ]
 
 
-def plan(*arguments: str, status: int = 0, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """Runs the command, which must end with `status`."""
-    command = [sys.executable, "-m", "opensora_jax.plan", *arguments]
-    found = subprocess.run(
-        command, cwd=ROOT, env=os.environ | (environment or {}), text=True, capture_output=True, timeout=600
-    )
-    assert found.returncode == status, found.stderr[-4000:]
-    return found
+Plan = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory) -> Plan:
+    """Returns a function that runs the command, which must end with `status`; it waits for no other plan's lock."""
+    apart = os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
+
+    def run(*arguments: str, status: int = 0, environment: dict[str, str] | None = None):
+        command = [sys.executable, "-m", "opensora_jax.plan", *arguments]
+        pipes = {"text": True, "capture_output": True, "timeout": 900}
+        found = subprocess.run(command, cwd=ROOT, env=apart | (environment or {}), **pipes)
+        assert found.returncode == status, found.stderr[-4000:]
+        return found
+
+    return run
 
 
 def small(cache: Path, *more: str) -> list[str]:
@@ -42,7 +51,7 @@ def cache(tmp_path_factory):
 
 
 @needs_libtpu
-def test_a_step_is_forecast_and_a_second_run_compiles_nothing(cache, tmp_path):
+def test_a_step_is_forecast_and_a_second_run_compiles_nothing(plan, cache, tmp_path):
     mesh = "--config.mesh.data=2", "--config.mesh.fsdp=2"
     answer = tmp_path / "plan.json"
     said = plan(*small(cache, *mesh, "--price=1.5", f"--json={answer}")).stdout
@@ -72,7 +81,7 @@ def test_a_step_is_forecast_and_a_second_run_compiles_nothing(cache, tmp_path):
 
 
 @needs_libtpu
-def test_what_the_compiler_refuses_is_a_result(cache):
+def test_what_the_compiler_refuses_is_a_result(plan, cache):
     size = "--config.bucket_config['32px_ar1:1'][9]=(1.0,400000)"
     said = plan(*small(cache, size)).stdout
     assert "does not fit   temporaries alone need" in said or "does not fit   the program needs" in said
@@ -80,7 +89,7 @@ def test_what_the_compiler_refuses_is_a_result(cache):
 
 
 @needs_libtpu
-def test_a_bucket_that_the_mesh_cannot_split_ends_in_one_line(cache):
+def test_a_bucket_that_the_mesh_cannot_split_ends_in_one_line(plan, cache):
     found = plan(*small(cache, "--config.mesh.data=1", "--config.mesh.seq=4"), status=1)
     assert found.stderr.splitlines()[-1].startswith("error: 1 attention heads do not divide by mesh.seq")
 
@@ -97,7 +106,7 @@ def test_a_bucket_that_the_mesh_cannot_split_ends_in_one_line(cache):
         ),
     ],
 )
-def test_mistakes_end_in_one_line(arguments, said):
+def test_mistakes_end_in_one_line(plan, arguments, said):
     if "h100x8" in arguments[-1] and importlib.util.find_spec("jax_plugins") is not None:
         pytest.skip("the plugin of CUDA is installed")
     (line,) = [one for one in plan(*arguments, status=1).stderr.splitlines() if one.startswith("error: ")]
@@ -105,12 +114,12 @@ def test_mistakes_end_in_one_line(arguments, said):
 
 
 @needs_libtpu
-def test_a_mesh_that_does_not_fit_ends_in_the_line_of_training():
+def test_a_mesh_that_does_not_fit_ends_in_the_line_of_training(plan):
     found = plan(TRAIN, "--topology=v5e:2x2", "--config.mesh.data=3", status=1)
     assert found.stderr.splitlines()[-1].startswith("error: mesh axes must multiply to the 4 devices here")
 
 
-def test_without_libtpu_the_command_that_installs_it_is_named(tmp_path):
+def test_without_libtpu_the_command_that_installs_it_is_named(plan, tmp_path):
     """A finder in front of all others hides the package, as if it were not installed."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\nfound = u.find_spec\n"

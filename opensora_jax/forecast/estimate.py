@@ -51,6 +51,13 @@ class Forecast:
         """Share of the peak operations that is useful."""
         return self.flops / (self.seconds * self.topology.devices * self.topology.chip.peak_flops)
 
+    @property
+    def best_mfu(self) -> float:
+        """The same if fusions without a product took no more than their bytes do: the compiler is cautious there."""
+        assert self.span is not None
+        left = self.seconds - max(0.0, self.span.fusions - self.span.moving)
+        return self.mfu * self.seconds / left if left else self.mfu
+
     def dollars(self, price: float, steps: float | int) -> float:
         """Returns what so many steps cost at a price for an hour of a chip."""
         return self.seconds * steps / 3600 * self.topology.chips * price
@@ -73,6 +80,7 @@ class Forecast:
             "collectives": [one._asdict() for one in span.traffic],
             "not_counted": sorted(span.unknown),
             "mfu": self.mfu,
+            "best_mfu": self.best_mfu,
             "samples_per_second": facts.samples / span.seconds,
             "tokens_per_second": facts.tokens / span.seconds,
         }

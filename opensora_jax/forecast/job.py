@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+VARIABLES = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
 SOURCES = Path(__file__).parents[1]
 FOLDERS = ("kernels", "parallel", "nn", "models", "diffusion", "weights", "training", "inference")
 MAKERS = ("programs.py", "parts.py", "compile.py", "count.py")  # of this folder; the others read what was compiled
@@ -52,8 +54,8 @@ def without_files(section: Any) -> Any:
 
 @cache
 def versions() -> dict[str, str]:
-    """Returns the versions of the packages that make a program."""
-    found = {}
+    """Returns the versions of the packages that make a program, and what the environment tells the compiler."""
+    found = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -27,7 +27,7 @@ def block(one: Forecast | Failure, price: float | None) -> list[str]:
     tokens = f"{facts.tokens / span.seconds:,.0f} tokens/s, " if facts.tokens else ""
     lines += [
         f"  time           {seconds(span.seconds)}: {facts.samples / span.seconds:,.2f} samples/s, {tokens}"
-        f"MFU {one.mfu:.1%}{cost}",
+        f"MFU {one.mfu:.1%} (at best {one.best_mfu:.1%}){cost}",
         f"  of which       {parts(one)}",
         f"  arithmetic     {arithmetic(one)}",
     ]

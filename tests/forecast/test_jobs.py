@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from configs.diffusion.inference import t2i2v_256px
 from configs.diffusion.train import stages
 from opensora_jax.config.errors import UserError
-from opensora_jax.forecast.job import Job
+from opensora_jax.forecast.job import Job, versions
 from opensora_jax.forecast.jobs import has_auto, make_groups, parse_lines, sizes_on
 from opensora_jax.forecast.topology import parse_topology
 from opensora_jax.parallel.mesh import MeshConfig
@@ -108,3 +108,12 @@ def test_the_key_of_a_job_depends_on_what_is_compiled_and_not_on_where_weights_a
     assert len({key(small.training()), *others}) == 4
     job = make_groups(small.training(), FOUR, [], {})[0].wanted[0].job
     assert Job.from_json(job.to_json()).key == job.key
+
+
+def test_the_key_of_a_job_depends_on_what_the_environment_tells_the_compiler(monkeypatch):
+    job = make_groups(small.training(), FOUR, [], {})[0].wanted[0].job
+    before = job.key
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
+    versions.cache_clear()
+    assert job.key != before
+    versions.cache_clear()
