@@ -85,7 +85,7 @@ def _convolve(x: Array, kernel: Array, strides: Triple) -> Array:
 
 
 def _whole(x: Array, kernel: Array, strides: Triple) -> Array:
-    """Returns XLA's own convolution, its sums rounded once to the dtype of `x`."""
+    """Returns XLA's own convolution, the first frame repeated for those before it."""
     padded = jnp.concatenate([jnp.repeat(x[:, :1], len(kernel) - 1, axis=1), x], axis=1)
     return convolve_videos(padded, kernel, strides, ((0, 0),) * 3)
 

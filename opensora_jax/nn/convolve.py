@@ -39,11 +39,12 @@ def convolve(x: Float[Array, "N H W C"], kernel: Float[Array, "h w C D"], stride
 def convolve_videos(
     x: Float[Array, "B T H W C"], kernel: Float[Array, "t h w C D"], strides: Triple, zeros: tuple[tuple[int, int], ...]
 ) -> Float[Array, "B p q r D"]:
-    """Returns XLA's own convolution of videos, with so many zeros before and behind each axis.
+    """Returns XLA's own convolution of videos in float32, with so many zeros before and behind each axis.
 
-    Sums are rounded once, to the dtype of `x`.
+    Its sums are rounded to the dtype of `x` on the way, which is the form that GPUs have kernels for.
     """
-    return jax.lax.conv_general_dilated(x, kernel, strides, zeros, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    numbers = ("NDHWC", "DHWIO", "NDHWC")
+    return jax.lax.conv_general_dilated(x, kernel, strides, zeros, dimension_numbers=numbers).astype(jnp.float32)
 
 
 def on_several_devices(*arrays: Array) -> bool:

@@ -1,11 +1,16 @@
 """A convolution in parts is the whole one, forwards and backwards, on any sizes."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from opensora_jax.nn import convolve as module
+from opensora_jax.nn.conv import Conv
+from opensora_jax.nn.conv3d import CausalConv3d
 from opensora_jax.nn.convolve import convolve
 
 
@@ -39,3 +44,35 @@ def test_parts_make_the_whole(monkeypatch, images, rows, largest, strides, wide)
     np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5)
     found, expected = (measure(run)(x, kernel) for run in (convolve, module._whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_forms_of_other_platforms_are_those_of_cpus_forwards_and_backwards(dtype):
+    x = draw(2, 5, 6, 8, 3, seed=0)
+    for strides in ((1, 1, 1), (2, 2, 2)):
+        causal = CausalConv3d(
+            3, 4, strides=strides, kernel_init=nnx.initializers.normal(1.0), dtype=dtype, rngs=nnx.Rngs(0)
+        )
+        for layer in (causal, Conv(3, 4, (3, 3, 3), strides=strides, dtype=dtype, rngs=nnx.Rngs(0))):
+            graph, params = nnx.split(layer)
+
+            def loss(params, x, graph=graph):
+                y = nnx.merge(graph, params)(x)
+                assert y.dtype == dtype
+                return jnp.sin(y.astype(jnp.float32)).sum()
+
+            run = jax.value_and_grad(loss, argnums=(0, 1))
+            ours, theirs = jax.jit(run)(params, x), jax.jit(as_elsewhere(run))(params, x)
+            tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max()))
+
+
+def as_elsewhere(function):
+    """Returns the function with what other platforms than a CPU compute."""
+
+    def run(*arrays):
+        with mock.patch.object(jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays)):
+            return function(*arrays)
+
+    return run
