@@ -13,6 +13,9 @@ FEW_KEYS = 256
 FEW_LOGITS = 2**20  # 4 MiB in float32
 
 
+Shaped = Array | jax.ShapeDtypeStruct
+
+
 class Choice(NamedTuple):
     """A backend and the reason for it."""
 
@@ -20,7 +23,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) -> Choice:
+def choose(q: Shaped, k: Shaped, v: Shaped, mask: Shaped | None, bias: Shaped | None) -> Choice:
     """Returns the backend for arrays of such shapes, whatever the device; `flash` asks the device in turn."""
     B, L, N, K = q.shape
     S = k.shape[1]

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from opensora_jax.kernels.blocks import Blocks, device_kind, fit, largest
-from opensora_jax.kernels.operands import LOG2E, Padding, column, cost, dot, layout, padding, zeroed
+from opensora_jax.kernels.operands import LOG2E, Padding, column, cost, dot, in_chunks, layout, padding, zeroed
 
 # A block of the gradient of queries is written back up to two steps after it was computed and read one step early.
 STEPS_APART = 4
@@ -58,7 +58,7 @@ def backward(
     queries, gradients = (_longer(x, beyond * blocks.queries) for x in (q, gradient.astype(q.dtype)))
     keys = at.pack(k)
     inputs: list[Array] = [at.pack(queries), keys, at.pack(v), at.pack(gradients)]
-    inputs += [at.rows(lse * LOG2E, rows), at.rows(centre, rows), jnp.zeros((B * N, at.width, rows), jnp.float32)]
+    inputs += [at.rows(lse * LOG2E, rows), at.rows(centre, rows), jax.lax.empty((B * N, at.width, rows), jnp.float32)]
     dq, dk, dv = pl.pallas_call(
         functools.partial(
             _kernel, mask=mask, length=queries.shape[1], steps=(query_steps, steps), scale=scale, blocks=blocks
@@ -99,15 +99,15 @@ def _kernel(*refs: Any, mask: Padding, length: int, steps: tuple[int, int], scal
         keys[...] = jnp.zeros_like(keys)
         values[...] = jnp.zeros_like(values)
 
-    dq[...] = before[...]
+    dq[...] = jnp.where(step == 0, 0.0, before[...])  # nothing was written before the first step
 
     def meet(masked: bool) -> None:
         queries, gradients = q[...], gradient[...]
         if masked and length % blocks.queries:
             inside = jax.lax.broadcasted_iota(jnp.int32, (blocks.queries, 1), 0) < length - at * blocks.queries
             queries, gradients = zeroed(queries, inside), zeroed(gradients, inside)
-        for start in range(0, blocks.keys, blocks.chunk):
-            part = pl.ds(start, blocks.chunk)
+
+        def chunk(part: Any) -> None:
             known = column(real[:, part]) if masked and mask.masked else None
             of_k, of_v = (x[part, :] if known is None else zeroed(x[part, :], known) for x in (k, v))
             # logits lie with a row per key: then only the small operand of the product for dq is turned
@@ -119,6 +119,8 @@ def _kernel(*refs: Any, mask: Padding, length: int, steps: tuple[int, int], scal
             dlogits = (weights * (dot(of_v, gradients, 1, 1) - centre[...])).astype(q.dtype)
             keys[part, :] += dot(dlogits, queries, 1, 0)
             dq[...] += dot(of_k, dlogits, 0, 0)
+
+        in_chunks(blocks, chunk, unroll=not masked)
 
     whole = (at + 1) * blocks.queries <= length if steps[0] * blocks.queries > length else True
     mask.meet(counts, head, step, steps[1], whole, meet)

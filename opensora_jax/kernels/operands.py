@@ -12,7 +12,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Bool, Float
 
-from opensora_jax.kernels.blocks import LANES
+from opensora_jax.kernels.blocks import LANES, Blocks
 
 LOG2E = math.log2(math.e)  # the hardware has powers of two
 
@@ -132,6 +132,15 @@ def column(row: Array) -> Array:
 def zeroed(x: Array, rows: Array) -> Array:
     """Returns the given rows of a block and zeros in place of others, which may hold anything."""
     return jnp.where(rows, x.astype(jnp.float32), 0.0).astype(x.dtype)
+
+
+def in_chunks(blocks: Blocks, run: Callable[[Any], None], *, unroll: bool) -> None:
+    """Calls `run` in a kernel with every chunk of a block of keys. Unrolled, chunks overlap; a loop compiles faster."""
+
+    def step(index: Any, _: None) -> None:
+        run(pl.ds(pl.multiple_of(index * blocks.chunk, LANES), blocks.chunk))
+
+    jax.lax.fori_loop(0, blocks.keys // blocks.chunk, step, None, unroll=unroll)
 
 
 def dot(a: Array, b: Array, over_a: int, over_b: int) -> Array:

@@ -55,6 +55,12 @@ def test_split_attention_is_attention(lengths, sizes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
 
 
+@pytest.mark.parametrize("sizes", [(2, 1, 1, 4), (1, 1, 1, 8)])  # heads divide over `tensor`; they do not
+def test_attention_over_heads_alone_is_attention(sizes):
+    found, expected = run(make_mesh(MeshConfig(*sizes)), (7, 13)), run(None, (7, 13))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
+
+
 @pytest.mark.parametrize("method", ["ulysses", "ring"])
 def test_bfloat16_is_as_near_to_float32_on_four_devices_as_on_one(method):
     exact, one = (np.asarray(run(None, (7, 13), dtype)[0][1]) for dtype in (jnp.float32, jnp.bfloat16))

@@ -1,0 +1,149 @@
+"""Attention by every backend that runs here, beside a matrix product and, where torch is installed, beside its SDPA.
+
+    python benchmarks/attention.py                                                  # sizes that suit the device
+    python benchmarks/attention.py --lengths 33280 76800 --heads 24 --head_size 128 --dtypes bfloat16 --batch 1
+
+A row has the median time of the forward pass and of both passes, the operations per second that these are (two
+products of queries with keys forwards, five more backwards), and their share of what a product of two large matrices
+reaches in the same dtype and run. `attention` is what models call; it takes one of the others. The reference is left
+out where its logits would not fit.
+"""
+
+import argparse
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory of a GPU to torch
+
+import jax
+import jax.numpy as jnp
+
+from opensora_jax.kernels import chunked, reference
+from opensora_jax.kernels.attention import attention
+
+LOGITS_BYTES = 4 * 2**30  # the reference holds at most
+SIDE = {"cpu": 2048}  # of the matrices of the product; elsewhere 8192
+Shape = tuple[int, int, int, int]
+Passes = tuple[Callable[[], object], Callable[[], object]]  # forwards; forwards and backwards
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def in_chunks(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    """Returns attention by XLA in chunks, whatever the device."""
+    return chunked.forward(q, k, v, None, scale=scale, dtype=v.dtype)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    out, lse = chunked.forward(q, k, v, None, scale=scale, dtype=v.dtype)
+    return out, (q, k, v, out, lse)
+
+
+def _backward(scale: float, kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
+    q, k, v, out, lse = kept
+    return chunked.backward(q, k, v, None, gradient, out, lse, scale=scale, dtype=q.dtype)
+
+
+in_chunks.defvjp(_forward, _backward)
+
+
+def ours(shape: Shape, dtype: str) -> Iterator[tuple[str, Passes]]:
+    """Yields backends that run here, with the work of both passes."""
+    B, L, N, K = shape
+    backends: dict[str, Callable] = {"attention": attention, "chunks": partial(in_chunks, scale=K**-0.5)}
+    if 4 * B * N * L * L <= LOGITS_BYTES:
+        backends["reference"] = reference.attention
+    q, k, v, gradient = (jax.random.normal(jax.random.key(i), shape, dtype) for i in range(4))
+    for name, function in backends.items():
+        forwards = jax.jit(function)
+        both = jax.jit(lambda q, k, v, g, function=function: jax.vjp(function, q, k, v)[1](g))
+        yield (
+            name,
+            (
+                lambda run=forwards: jax.block_until_ready(run(q, k, v)),
+                lambda run=both: jax.block_until_ready(run(q, k, v, gradient)),
+            ),
+        )
+
+
+def theirs(shape: Shape, dtype: str) -> Passes:
+    """Returns the work of both passes by torch's scaled_dot_product_attention, which takes heads before tokens."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    B, L, N, K = shape
+    q, k, v, gradient = (torch.randn(B, N, L, K, dtype=getattr(torch, dtype), device=device) for _ in range(4))
+    for part in (q, k, v):
+        part.requires_grad_()
+
+    def done() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def forwards() -> None:
+        with torch.no_grad():
+            torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        done()
+
+    def both() -> None:
+        torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(q, k, v), (q, k, v), gradient)
+        done()
+
+    return forwards, both
+
+
+def seconds(run: Callable[[], object], runs: int) -> float:
+    """Returns the median time of a run, after one that compiles."""
+    run()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def ceiling(dtype: str, runs: int) -> float:
+    """Returns the operations per second of a product of two square matrices."""
+    side = SIDE.get(jax.default_backend(), 8192)
+    a = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    product = jax.jit(jnp.matmul)
+    return 2 * side**3 / seconds(lambda: jax.block_until_ready(product(a, a)), runs)
+
+
+def main() -> None:
+    """Prints the table."""
+    small = jax.default_backend() == "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1152, 2304] if small else [4608, 33280, 76800])
+    parser.add_argument("--heads", type=int, default=8 if small else 24)
+    parser.add_argument("--head_size", type=int, default=64 if small else 128)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtypes", nargs="+", default=["float32"] if small else ["bfloat16"])
+    parser.add_argument("--runs", type=int, default=5)
+    given = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    columns = ("batch, length, heads, size", "dtype", "backend", "fwd ms", "TFLOP/s", "share")
+    print("{:<28}{:<10}{:<11}{:>10}{:>9}{:>7}{:>13}{:>9}{:>7}".format(*columns, "fwd+bwd ms", *columns[4:]))
+    for dtype in given.dtypes:
+        top = ceiling(dtype, given.runs)
+        print(f"{'product of matrices':<28}{dtype:<10}{'XLA':<11}{'':>10}{top / 1e12:>9.2f}{1:>7.0%}", flush=True)
+        for length in given.lengths:
+            shape = (given.batch, length, given.heads, given.head_size)
+            work = list(ours(shape, dtype))
+            if importlib.util.find_spec("torch"):
+                work.append(("torch", theirs(shape, dtype)))
+            for name, (forwards, both) in work:
+                row = f"{shape!s:<28}{dtype:<10}{name:<11}"
+                for run, products, width in ((forwards, 2, 10), (both, 7, 13)):
+                    took = seconds(run, given.runs)
+                    rate = 2 * products * shape[0] * shape[2] * shape[3] * length**2 / took
+                    row += f"{took * 1e3:>{width}.1f}{rate / 1e12:>9.2f}{rate / top:>7.0%}"
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

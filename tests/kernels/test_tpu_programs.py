@@ -1,0 +1,42 @@
+"""The real compiler takes the kernels, for every generation and where models call them, and logits are never held."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="compiling for TPUs needs libtpu: pip install -r requirements-test.txt (x86-64 Linux)",
+)
+
+
+@pytest.mark.parametrize(
+    ("topology", "names"),
+    [
+        ("v5e:2x2", ("64 bfloat16", "256 float32")),
+        ("v5p:2x2x1", ("ulysses", "tensor alone")),
+        ("v5p:2x2x1", ("ring",)),
+        ("v6e:2x2", ("128 bfloat16", "256 float32")),
+    ],
+)
+def test_attention_compiles_for_a_tpu(topology, names):
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.tpu_programs", topology, *names],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    programs = json.loads(run.stdout.splitlines()[-1])
+    assert list(programs) == list(names)
+    for name, found in programs.items():
+        times = 2 if name == "ring" else 1  # the last device's keys are met outside of the loop
+        # the forward kernel is not in the backward pass: what it found was kept
+        assert sorted(found["kernels"]) == ["flash_backward"] * times + ["flash_forward"] * times, name
+        assert found["temporary"] < found["logits"] / 3, name

@@ -1,0 +1,88 @@
+"""Compiles attention for TPUs that are not here: `python -m tests.kernels.tpu_programs v5p:2x2x1 NAME...` prints JSON.
+
+For each program it prints the kernels in the compiled text, the bytes of temporaries on a device, and the bytes that
+its logits in float32 would take. test_tpu_programs.py runs it in a process of its own, since libtpu prints to the
+console and holds memory.
+"""
+
+import json
+import os
+import re
+import sys
+
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # no machine to ask
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is locked: no device is opened
+}
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from opensora_jax.kernels.attention import ATTENTION, attention
+from opensora_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
+from opensora_jax.parallel.sequence import attend, per_device
+
+TEXT, VIDEO, LENGTH = 77, 16_001, 8_001  # no mesh and no block divides them
+
+
+def layers(devices, *sizes, heads):
+    """Returns the gradient of three layers of attention on a mesh, in a rematerialised scan, and its logits."""
+    mesh = make_mesh(MeshConfig(*sizes), devices)
+
+    def model(module, text, video, gain, shared):
+        def layer(x, _):
+            q = x.reshape(*x.shape[:2], -1, 128)
+            return x + attend(q, 2 * q, q - 1, shared).reshape(x.shape) * gain[:, None, None], None
+
+        keep = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+        joint = jnp.concatenate([text, video], axis=1)
+        joint, _ = jax.lax.scan(jax.checkpoint(layer, policy=keep, prevent_cse=False), joint, length=3)
+        return joint[:, text.shape[1] :]
+
+    def measure(text, video, gain):
+        return jnp.mean(per_device(model, nnx.Module(), text, video, gain).astype(jnp.float32) ** 2)
+
+    split = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    tokens = [jax.ShapeDtypeStruct((2, n, heads * 128), jnp.bfloat16, sharding=split) for n in (TEXT, VIDEO)]
+    gain = jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=split)
+    shards, ring = sizes[2] * sizes[3], len(sizes) > 4
+    logits = 2 * heads // (sizes[3] if ring else shards) * ((TEXT + VIDEO) // (sizes[2] if ring else 1)) ** 2
+    return mesh, jax.value_and_grad(measure, (0, 1)), (*tokens, gain), logits
+
+
+def alone(devices, channels, dtype):
+    """Returns attention on one device with its gradients, and its logits."""
+    mesh = make_mesh(MeshConfig(1, 1, 1, 1), devices[:1])
+    whole = NamedSharding(mesh, PartitionSpec())
+    q = jax.ShapeDtypeStruct((1, LENGTH, 1, channels), dtype, sharding=whole)
+    return mesh, lambda q, k, v, g: jax.vjp(attention, q, k, v)[1](g), (q,) * 4, LENGTH**2
+
+
+PROGRAMS = {
+    "ulysses": lambda devices: layers(devices, 1, 1, 2, 2, heads=4),
+    "ring": lambda devices: layers(devices, 1, 1, 2, 2, "ring", heads=4),
+    "tensor alone": lambda devices: layers(devices, 1, 1, 1, 4, heads=4),
+    "64 bfloat16": lambda devices: alone(devices, 64, jnp.bfloat16),
+    "128 bfloat16": lambda devices: alone(devices, 128, jnp.bfloat16),
+    "256 float32": lambda devices: alone(devices, 256, jnp.float32),
+}
+
+
+def compiled(topology, name):
+    """Returns what the compiler says of a program."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh, function, inputs, logits = PROGRAMS[name](devices)
+    with jax.set_mesh(mesh):
+        program = jax.jit(function).lower(*inputs).compile()
+    kernels = re.findall(r'%(\w+?)[.\d]* = [^=]*custom-call\(.*custom_call_target="tpu_custom_call"', program.as_text())
+    return {"kernels": kernels, "temporary": program.memory_analysis().temp_size_in_bytes, "logits": 4 * logits}
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: compiled(sys.argv[1], name) for name in sys.argv[2:]}))
