@@ -1,5 +1,7 @@
 """Host arrays to global arrays: every host brings its slice of the batch, the mesh sees one array."""
 
+import functools
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +24,7 @@ def video_sharding(mesh: Mesh, batch: int, height: int, width: int) -> NamedShar
 
     `height` and `width` are those of the latent, so that an autoencoder is split alike at every one of its levels: the
     compiler then exchanges the rows at the seams and adds up the statistics of norms, and the result is that of one
-    device. A mesh axis that fits nowhere splits nothing.
+    device. A mesh axis that fits nowhere splits nothing, which the log tells once.
     """
     sizes = {0: batch, 2: height, 3: width}
     names: dict[int, list[str]] = {axis: [] for axis in range(5)}
@@ -31,7 +33,18 @@ def video_sharding(mesh: Mesh, batch: int, height: int, width: int) -> NamedShar
         if axis is not None:
             names[axis].append(name)
             sizes[axis] //= count
+        elif count > 1:
+            _announce_idle(name, count, batch, height, width)
     return NamedSharding(mesh, PartitionSpec(*(tuple(axes) or None for axes in names.values())))
+
+
+@functools.cache
+def _announce_idle(axis: str, count: int, batch: int, height: int, width: int) -> None:
+    logging.getLogger("absl").warning(
+        "the %d devices along mesh.%s all do the same work in the autoencoder: neither %d videos nor the %d rows or %d "
+        "columns of their latents divide by it",
+        *(count, axis, batch, height, width),
+    )
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:

@@ -7,6 +7,16 @@ from opensora_jax.parallel.batch import video_sharding
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 
 
+def test_an_axis_that_splits_nothing_is_told_once(caplog):
+    mesh = make_mesh(MeshConfig(2, 1, 1, 4))
+    for _ in range(2):
+        video_sharding(mesh, 2, 7, 9)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the 4 devices along mesh.tensor all do the same work in the autoencoder: neither 2 videos nor the 7 rows or 9 "
+        "columns of their latents divide by it"
+    ]
+
+
 @pytest.mark.parametrize(
     ("mesh", "sizes", "spec"),
     [
