@@ -6,7 +6,6 @@ of channel halves) and Flux (fused, rotation of channel pairs).
 Source: hpcaitech/Open-Sora, `opensora/models/mmdit/`; black-forest-labs/flux; Esser et al. 2024 (arXiv:2403.03206).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +21,7 @@ from jaxtyping import Float, Num
 from opensora_jax.nn.embed import MLPEmbedder, grid_ids, patchify, timestep_embedding, unpatchify
 from opensora_jax.nn.linear import Linear, zeros
 from opensora_jax.nn.norm import RMSNorm, standardize
+from opensora_jax.nn.prologue import normed_and_rotated
 from opensora_jax.nn.rope import Table, rope_table, rotate_half, rotate_pairs
 from opensora_jax.nn.stack import RematPolicy, Stack
 from opensora_jax.parallel.sequence import attend, per_device
@@ -97,11 +97,18 @@ Heads = Float[Array, "B L N K"]
 
 
 class QKNorm(nnx.Module):
-    """RMS norms of queries and keys, per head and before rope."""
+    """RMS norms of queries and keys, per head and before rope, which it applies too."""
 
-    def __init__(self, head_size: int, *, rngs: nnx.Rngs):
-        self.query_norm = RMSNorm(head_size, rngs=rngs)
-        self.key_norm = RMSNorm(head_size, rngs=rngs)
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.rotate = rotate_half if config.use_liger_rope else rotate_pairs
+        self.query_norm = RMSNorm(config.head_size, rngs=rngs)
+        self.key_norm = RMSNorm(config.head_size, rngs=rngs)
+
+    def __call__(self, q: Heads, k: Heads, table: Table) -> tuple[Heads, Heads]:
+        return (
+            normed_and_rotated(q, self.query_norm, table, self.rotate),
+            normed_and_rotated(k, self.key_norm, table, self.rotate),
+        )
 
 
 class StreamAttention(nnx.Module):
@@ -116,17 +123,17 @@ class StreamAttention(nnx.Module):
             self.q_proj = linear(width, width, ("embed", "heads"), bias=config.qkv_bias)
             self.k_proj = linear(width, width, ("embed", "heads"), bias=config.qkv_bias)
             self.v_proj = linear(width, width, ("embed", "heads"), bias=config.qkv_bias)
-        self.norm = QKNorm(config.head_size, rngs=rngs)
+        self.norm = QKNorm(config, rngs=rngs)
         self.proj = linear(width, width, ("heads", "embed"))
 
-    def project(self, x: Float[Array, "B L D"]) -> tuple[Heads, Heads, Heads]:
-        """Returns queries, keys (both normalised) and values."""
+    def project(self, x: Float[Array, "B L D"], table: Table) -> tuple[Heads, Heads, Heads]:
+        """Returns queries, keys (both normalised and rotated) and values."""
         if self.fused:
             q, k, v = rearrange(self.qkv(x), "B L (three N K) -> three B L N K", three=3, N=self.heads)
         else:
             projections = (self.q_proj, self.k_proj, self.v_proj)
             q, k, v = (rearrange(to(x), "B L (N K) -> B L N K", N=self.heads) for to in projections)
-        return self.norm.query_norm(q), self.norm.key_norm(k), v
+        return *self.norm(q, k, table), v
 
 
 class MLP(nnx.Module):
@@ -159,10 +166,7 @@ def modulate(x: Float[Array, "B L D"], shift: Array, scale: Array) -> Float[Arra
 class DoubleStreamBlock(nnx.Module):
     """Text and video keep weights of their own and meet in one attention."""
 
-    def __init__(
-        self, config: MMDiTConfig, rotate: Callable[[Array, Table], Array], *, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
-        self.rotate = rotate
+    def __init__(self, config: MMDiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, hidden = config.hidden_size, config.mlp_size
         self.img_mod = Modulation(width, 6, dtype=dtype, rngs=rngs)
         self.img_attn = StreamAttention(config, dtype=dtype, rngs=rngs)
@@ -177,10 +181,11 @@ class DoubleStreamBlock(nnx.Module):
         img, txt = streams
         img_shift, img_scale, img_gate, *img_rest = self.img_mod(vec)
         txt_shift, txt_scale, txt_gate, *txt_rest = self.txt_mod(vec)
-        img_qkv = self.img_attn.project(modulate(img, img_shift, img_scale))
-        txt_qkv = self.txt_attn.project(modulate(txt, txt_shift, txt_scale))
+        txt_table, img_table = zip(*(jnp.split(part, [txt.shape[1]], axis=-2) for part in table), strict=True)
+        img_qkv = self.img_attn.project(modulate(img, img_shift, img_scale), img_table)
+        txt_qkv = self.txt_attn.project(modulate(txt, txt_shift, txt_scale), txt_table)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))  # text first
-        joint = attend(self.rotate(q, table), self.rotate(k, table), v, shared)
+        joint = attend(q, k, v, shared)
         joint = rearrange(joint, "B L N K -> B L (N K)")
         seen_txt, seen_img = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
         img = self._finish(img, img_gate * self.img_attn.proj(seen_img), self.img_mlp, img_rest)
@@ -200,10 +205,8 @@ class SingleStreamBlock(nnx.Module):
     Source: parallel layers of ViT-22B (Dehghani et al. 2023, arXiv:2302.05442), as in Flux.
     """
 
-    def __init__(
-        self, config: MMDiTConfig, rotate: Callable[[Array, Table], Array], *, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
-        self.rotate, self.config = rotate, config
+    def __init__(self, config: MMDiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config = config
         width, hidden, linear = config.hidden_size, config.mlp_size, partial(Linear, dtype=dtype, rngs=rngs)
         self.modulation = Modulation(width, 3, dtype=dtype, rngs=rngs)
         if config.fused_qkv:
@@ -213,7 +216,7 @@ class SingleStreamBlock(nnx.Module):
             self.k_proj = linear(width, width, ("embed", "heads"))
             self.v_mlp = linear(width, width + hidden, ("embed", "heads"))
         self.linear2 = linear(width + hidden, width, ("mlp", "embed"))
-        self.norm = QKNorm(config.head_size, rngs=rngs)
+        self.norm = QKNorm(config, rngs=rngs)
 
     def _project(self, x: Array) -> list[Array]:
         width = self.config.hidden_size
@@ -227,8 +230,7 @@ class SingleStreamBlock(nnx.Module):
         shift, scale, gate = self.modulation(vec)
         *qkv, mlp = self._project(modulate(x, shift, scale))
         q, k, v = (rearrange(part, "B L (N K) -> B L N K", N=self.config.num_heads) for part in qkv)
-        q, k = self.rotate(self.norm.query_norm(q), table), self.rotate(self.norm.key_norm(k), table)
-        seen = rearrange(attend(q, k, v, shared), "B L N K -> B L (N K)")
+        seen = rearrange(attend(*self.norm(q, k, table), v, shared), "B L N K -> B L (N K)")
         return x + gate * self.linear2(jnp.concatenate([seen, gelu(mlp)], axis=-1))
 
 
@@ -249,7 +251,6 @@ class MMDiT(nnx.Module):
     def __init__(self, config: MMDiTConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
         width = config.hidden_size
-        rotate = rotate_half if config.use_liger_rope else rotate_pairs
         embedder = partial(MLPEmbedder, width=width, dtype=dtype, rngs=rngs)
         self.img_in = Linear(config.in_channels, width, (None, "embed"), dtype=dtype, rngs=rngs)
         self.time_in = embedder(TIME_FEATURES)
@@ -263,14 +264,14 @@ class MMDiT(nnx.Module):
         self.txt_in = Linear(config.context_in_dim, width, (None, "embed"), dtype=dtype, rngs=rngs)
         remat_double, remat_single = config.grad_ckpt_settings
         self.double_blocks = Stack(
-            lambda rngs: DoubleStreamBlock(config, rotate, dtype=dtype, rngs=rngs),
+            lambda rngs: DoubleStreamBlock(config, dtype=dtype, rngs=rngs),
             config.depth,
             remat=remat_double,
             policy=config.remat_policy,
             rngs=rngs,
         )
         self.single_blocks = Stack(
-            lambda rngs: SingleStreamBlock(config, rotate, dtype=dtype, rngs=rngs),
+            lambda rngs: SingleStreamBlock(config, dtype=dtype, rngs=rngs),
             config.depth_single_blocks,
             remat=remat_single,
             policy=config.remat_policy,

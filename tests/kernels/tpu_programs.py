@@ -25,6 +25,9 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from opensora_jax.kernels.attention import ATTENTION, attention
+from opensora_jax.nn.norm import RMSNorm
+from opensora_jax.nn.prologue import normed_and_rotated
+from opensora_jax.nn.rope import rope_table, rotate_half
 from opensora_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from opensora_jax.parallel.sequence import attend, per_device
 
@@ -64,6 +67,23 @@ def alone(devices, channels, dtype):
     return mesh, lambda q, k, v, g: jax.vjp(attention, q, k, v)[1](g), (q,) * 4, LENGTH**2
 
 
+def prologue(devices, channels, dtype):
+    """Returns the preparation of queries on one device with its gradients, and what they would take as logits."""
+    mesh = make_mesh(MeshConfig(1, 1, 1, 1), devices[:1])
+    whole = NamedSharding(mesh, PartitionSpec())
+    graph, params = nnx.split(RMSNorm(channels, rngs=nnx.Rngs(0)))
+
+    def run(q, params, g):
+        table = rope_table(jnp.arange(3 * LENGTH).reshape(LENGTH, 3), (channels // 2, channels // 2, 0), 10_000)
+        prepare = lambda q, params: normed_and_rotated(q, nnx.merge(graph, params), table, rotate_half)  # noqa: E731
+        out, vjp = jax.vjp(prepare, q, params)
+        return out, vjp(g)
+
+    q = jax.ShapeDtypeStruct((1, LENGTH, 3, channels), dtype, sharding=whole)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
+    return mesh, run, (q, params, q), LENGTH**2
+
+
 PROGRAMS = {
     "ulysses": lambda devices: layers(devices, 1, 1, 2, 2, heads=4),
     "ring": lambda devices: layers(devices, 1, 1, 2, 2, "ring", heads=4),
@@ -71,6 +91,8 @@ PROGRAMS = {
     "64 bfloat16": lambda devices: alone(devices, 64, jnp.bfloat16),
     "128 bfloat16": lambda devices: alone(devices, 128, jnp.bfloat16),
     "256 float32": lambda devices: alone(devices, 256, jnp.float32),
+    "prologue 128 bfloat16": lambda devices: prologue(devices, 128, jnp.bfloat16),
+    "prologue 256 float32": lambda devices: prologue(devices, 256, jnp.float32),
 }
 
 

@@ -3,7 +3,7 @@
     python -m opensora_jax.train --config=configs/diffusion/train/high_compression.py \\
         --config.model.from_pretrained=outputs/stage1/diffusion
 
-Hardware: a pod, such as a v5p-128 (64 chips: 4 x 16 of data and fsdp).
+Hardware: a pod, such as a v5p-128 (64 chips: 2 x 32 of data and fsdp).
 Source: hpcaitech/Open-Sora, `configs/diffusion/train/high_compression.py`.
 """
 
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     published = high_compression.get_config()
     config.folder = "outputs/high_compression"
     config.model = published.model
-    config.model.update(strict_load=False, grad_ckpt_settings=(100, 100), remat_policy="full")
+    config.model.update(strict_load=False, grad_ckpt_settings=(100, 100), remat_policy="offload")
     config.model.from_pretrained = placeholder(str)  # to start from: a workdir or a published file
     config.ae = published.ae
     config.dataset.spatial_unit = 32

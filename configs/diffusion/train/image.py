@@ -5,7 +5,8 @@
         --config.model.from_pretrained=ckpts/flux1-dev.safetensors --config.model.layout=flux
 
 The table is `outputs/image/meta.parquet`; `--config.latents=` (empty) trains from the files, without a cache.
-Hardware: a pod, such as a v5p-128 (64 chips: 4 x 16 of data and fsdp).
+Hardware: a pod, such as a v5p-128 (64 chips: 2 x 32 of data and fsdp). Every block recomputes its activations from what
+lies in the hosts' memory: as fast as keeping it on the chips, and it fits those of 32 GB (docs/performance.md).
 Source: hpcaitech/Open-Sora, `configs/diffusion/train/image.py`: its numbers, but `num_steps` in place of 1000 epochs.
 """
 
@@ -36,7 +37,7 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"
     published = import_module("configs.diffusion.inference.256px").get_config()
     config.model = published.model
-    config.model.update(strict_load=False, cond_embed=False, grad_ckpt_settings=(8, 100), remat_policy="full")
+    config.model.update(strict_load=False, cond_embed=False, grad_ckpt_settings=(100, 100), remat_policy="offload")
     config.model.from_pretrained = placeholder(str)  # to start from: a workdir or a published file
     config.ae, config.t5, config.clip = published.ae, published.t5, published.clip
     config.dataset.update(fps_max=24.0, spatial_unit=16, cache_bytes=0)
@@ -52,6 +53,6 @@ def get_config() -> ConfigDict:
     config.dropout_ratio.update(t5=0.31622777, clip=0.31622777)
     config.optim.update(cls="adamw", lr=1e-5, betas=(0.9, 0.999), eps=1e-15, warmup_steps=0, lr_schedule="constant")
     config.ema_decay = placeholder(float)
-    config.mesh.update(data=-1, fsdp=16)
+    config.mesh.update(data=-1, fsdp=32)
     config.loop.update(num_steps=100_000, ckpt_every=100, keep_n_latest=20)
     return config

@@ -16,7 +16,7 @@ from configs.diffusion.train.image import rows
 def get_config() -> ConfigDict:
     config = image.get_config()
     config.folder = "outputs/lora"
-    config.model.update(cond_embed=True, strict_load=True)
+    config.model.update(cond_embed=True, strict_load=True, remat_policy="full")
     config.model.from_pretrained = "./ckpts/Open_Sora_v2.safetensors"
     config.lora = {
         "rank": 16,

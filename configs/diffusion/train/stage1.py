@@ -3,7 +3,7 @@
     python -m opensora_jax.train --config=configs/diffusion/train/stage1.py \\
         --config.model.from_pretrained=outputs/image/diffusion
 
-Hardware: a pod, such as a v5p-128 (64 chips: 4 x 16 of data and fsdp).
+Hardware: a pod, such as a v5p-128 (64 chips: 2 x 32 of data and fsdp).
 Source: hpcaitech/Open-Sora, `configs/diffusion/train/stage1.py`.
 """
 

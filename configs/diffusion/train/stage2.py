@@ -16,8 +16,7 @@ from configs.diffusion.train.image import rows
 def get_config() -> ConfigDict:
     config = image.get_config()
     config.folder = "outputs/stage2"
-    config.model.grad_ckpt_settings = (100, 100)
-    config.mesh.update(seq=4, seq_method="ring")
+    config.mesh.update(fsdp=16, seq=4)
     config.bucket_config = {
         "256px": {1: (1.0, 130)} | rows(1.0, (5, 33, 14), (37, 65, 10), (73, 97, 7), (101, 129, 6)),
         "768px": {1: (1.0, 38)} | rows(1.0, (5, 33, 6), (37, 65, 4), (69, 97, 3), (101, 129, 2)),
