@@ -140,14 +140,14 @@ class Work:
         side = math.isqrt(given.video)
         grid = np.stack(np.unravel_index(np.arange(given.video), (-(-given.video // side), side)), -1)
         self.arrays = {
-            "img": rng.standard_normal((1, given.video, CHANNELS)),
-            "txt": rng.standard_normal((1, given.text, TEXT_WIDTH)),
-            "pooled": rng.standard_normal((1, POOLED_WIDTH)),
-            "t": np.array([0.5]),
+            "img": rng.standard_normal((given.batch, given.video, CHANNELS)),
+            "txt": rng.standard_normal((given.batch, given.text, TEXT_WIDTH)),
+            "pooled": rng.standard_normal((given.batch, POOLED_WIDTH)),
+            "t": np.full(given.batch, 0.5),
         }
         self.ids = np.concatenate([np.zeros((given.text, 3)), np.pad(grid, ((0, 0), (1, 0)))]).astype(np.int32)
-        self.flops = forward_flops(self.config, given.video, given.text)
-        self.trained = training_flops(self.config, given.video, given.text)
+        self.flops = given.batch * forward_flops(self.config, given.video, given.text)
+        self.trained = given.batch * training_flops(self.config, given.video, given.text)
 
     def ours(self) -> tuple[Callable, Callable, Callable]:
         """Returns functions without arguments, forward, gradient and step, and what they give."""
@@ -225,7 +225,15 @@ class Work:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name, default in (("width", 512), ("heads", 8), ("depth", 4), ("single", 8), ("video", 1024), ("text", 128)):
+    for name, default in (
+        ("width", 512),
+        ("heads", 8),
+        ("depth", 4),
+        ("single", 8),
+        ("video", 1024),
+        ("text", 128),
+        ("batch", 1),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--runs", type=int, default=7, help="of each, in turn")

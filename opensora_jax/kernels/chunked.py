@@ -17,6 +17,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
+from opensora_jax.kernels.choice import platform
+
 LOGITS = 2**21  # held at a time: 8 MiB stay in a CPU's caches
 KEYS = 1024  # of a chunk
 LOWEST = -1e30  # where a running maximum begins: finite, so that differences of it are numbers
@@ -38,6 +40,10 @@ def forward(
 
     A sample without real keys gets zeros and a logsumexp near -1e30. No more than about `logits` are held at a time.
     """
+    if _by_head(q):
+        run = partial(forward, scale=scale, dtype=dtype, logits=logits)
+        out, lse = _over_heads(run, (q, k, v), (), real)
+        return _heads(out, len(q)), _heads(lse, len(q))
     rows, columns = _sizes(q, k, logits)
     known = _columns(k, v, real, columns)
 
@@ -76,6 +82,10 @@ def backward(
 
     `out` and `lse` are of attention over all keys, these or more.
     """
+    if _by_head(q):
+        run = partial(backward, scale=scale, dtype=dtype, logits=logits)
+        dq, dk, dv = _over_heads(run, (q, k, v, gradient, out), (lse,), real)
+        return _heads(dq, len(q)), _heads(dk, len(q)), _heads(dv, len(q))
     centre = _product("BLNK,BLNK->BNL", gradient, out)
     rows, columns = _sizes(q, k, logits)
     known = (_split(q, rows), _split(gradient, rows), _split_rows(lse, rows), _split_rows(centre, rows))
@@ -88,18 +98,45 @@ def backward(
             weights = jnp.exp(_logits(q, k, real, scale) - lse[..., None])
             dlogits = weights * (_product("BNLK,BNSK->BNLS", gradient, v) - centre[..., None])
             dlogits = (dlogits * scale).astype(q.dtype)
-            dk += _product("BNLS,BNLK->BNSK", dlogits, q)
-            dv += _product("BNLS,BNLK->BNSK", weights.astype(v.dtype), gradient)
+            # the other way around logits would be turned, which takes CPUs twice as long
+            dk += _product("BNLK,BNLS->BNKS", q, dlogits)
+            dv += _product("BNLK,BNLS->BNKS", gradient, weights.astype(v.dtype))
             return (dk, dv), dq + _product("BNLS,BNSK->BNLK", dlogits, k)
 
-        zeros = jnp.zeros(k.shape, jnp.float32)
-        sums, dq = _over(meet, (zeros, zeros), (*known, dq))
-        return dq, sums
+        zeros = jnp.zeros(k.mT.shape, jnp.float32)
+        (dk, dv), dq = _over(meet, (zeros, zeros), (*known, dq))
+        return dq, (dk.mT, dv.mT)
 
     dq = jnp.zeros(known[0].shape, jnp.float32)
     dq, (dk, dv) = _over(of_keys, dq, _columns(k, v, real, columns))
     dq, dk, dv = (_joined(part, whole.shape[1]).astype(dtype) for part, whole in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv
+
+
+def _by_head(q: Float[Array, "B L N K"]) -> bool:
+    """Says whether heads are to be met one by one: on CPUs a product of many matrices takes longer than each alone."""
+    return platform() == "cpu" and q.shape[0] * q.shape[2] > 1
+
+
+def _over_heads(run: Callable, heads: tuple[Array, ...], rows: tuple[Array, ...], real: Array | None) -> Any:
+    """Returns what `run(*heads, real, *rows)` gives for every head alone, on a leading axis of samples and heads."""
+    B, _, N, _ = heads[0].shape
+    by_head = [rearrange(x, "B L N K -> (B N) 1 L 1 K") for x in heads]
+    by_row = [rearrange(x, "B N L -> (B N) 1 1 L") for x in rows]
+    known = None if real is None else jnp.repeat(jnp.broadcast_to(real, (B, real.shape[1])), N, axis=0)[:, None]
+
+    def one(given: tuple[list[Array], list[Array], Array | None]) -> Any:
+        (q, k, v, *rest), rows, real = given
+        return run(q, k, v, real, *rest, *rows)
+
+    return jax.lax.map(one, (by_head, by_row, known))
+
+
+def _heads(found: Array, samples: int) -> Array:
+    """Returns what was found for every head as `(B L N K)`, or `(B N L)` for numbers per row."""
+    if found.ndim == 5:
+        return rearrange(found, "(B N) 1 L 1 K -> B L N K", B=samples)
+    return rearrange(found, "(B N) 1 1 L -> B N L", B=samples)
 
 
 def _sizes(q: Array, k: Array, logits: int) -> tuple[int, int]:

@@ -54,7 +54,8 @@ def _fused_forward(x: Array, gain: Array, cos: Array, sin: Array, eps: float, pa
 
 
 def _fused_backward(eps: float, pairs: bool, kept: tuple[Array, ...], gradient: Array) -> tuple:
-    return (*prologue_tpu.backward(*kept, gradient, eps=eps, pairs=pairs), None, None)
+    x, gain, cos, sin = kept
+    return (*prologue_tpu.backward(x, gain, cos, sin, gradient, eps=eps, pairs=pairs), None, None)
 
 
 _fused.defvjp(_fused_forward, _fused_backward)

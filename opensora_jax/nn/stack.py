@@ -12,10 +12,15 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from opensora_jax.parallel.gather import is_not_gathered, is_split
 from opensora_jax.parallel.ring import ATTENTION
 
 BLOCK = "block"  # the name of what goes into a block
+
+# Of blocks that do not recompute: results of products and of attention. What lies between them is made again, which
+# takes less time than reading it back; gathered weights are gathered again.
+PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(ATTENTION)
+)
 
 RematPolicy = Literal["full", "save_attention", "offload"]
 POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -34,7 +39,8 @@ class Stack(nnx.Module):
     """`depth` blocks made by `make_block(rngs)`; the first `remat` of them recompute their activations backwards.
 
     Every block's input is kept for that. `policy` says what else is: nothing (`full`), the result of attention
-    (`save_attention`), or that too, and all of it in the host's memory (`offload`).
+    (`save_attention`), or that too, and all of it in the host's memory (`offload`). The other blocks keep the results
+    of their products.
     Source: `grad_ckpt_settings` in Open-Sora 2.0 counts the checkpointed blocks in the same way.
     """
 
@@ -59,11 +65,11 @@ class Stack(nnx.Module):
             named = jax.tree.map(partial(checkpoint_name, name=BLOCK), carry)
             return nnx.merge(graphdef, layer)(named, *shared), None
 
-        keeping = jax.checkpoint(body, policy=is_not_gathered, prevent_cse=False) if is_split(layers) else body
-        for step, part in (
-            (jax.checkpoint(body, policy=POLICIES[self.policy], prevent_cse=False), slice(0, self.remat)),
-            (keeping, slice(self.remat, self.depth)),
+        for policy, part in (
+            (POLICIES[self.policy], slice(0, self.remat)),
+            (PRODUCTS, slice(self.remat, self.depth)),
         ):
             if part.start < part.stop:
+                step = jax.checkpoint(body, policy=policy, prevent_cse=False)
                 x, _ = jax.lax.scan(step, x, jax.tree.map(lambda leaf, part=part: leaf[part], layers))
         return x

@@ -29,16 +29,6 @@ def whole(param: nnx.Variable, dtype: DTypeLike) -> Array:
     return param[...].astype(dtype) if spec is None else _gather(param[...], param.dtype, dtype, spec)
 
 
-def is_split(params: nnx.State) -> bool:
-    """Says whether `whole` gathers any of these parameters."""
-    return any(leaf.get_metadata(SPEC, None) is not None for _, leaf in nnx.to_flat_state(params))
-
-
-def is_not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for `jax.checkpoint`: keep all for the backward pass but gathered weights, which are gathered again."""
-    return primitive.name != "all_gather"
-
-
 def split_module(
     module: nnx.Module, mesh: AbstractMesh
 ) -> tuple[list[Array], list[PartitionSpec], Callable[[list[Array]], nnx.Module]]:
