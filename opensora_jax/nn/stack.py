@@ -19,7 +19,7 @@ BLOCK = "block"  # the name of what goes into a block
 # Of blocks that do not recompute: results of products and of attention. What lies between them is made again, which
 # takes less time than reading it back; gathered weights are gathered again.
 PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(ATTENTION)
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(ATTENTION)
 )
 
 RematPolicy = Literal["full", "save_attention", "offload"]
