@@ -12,54 +12,45 @@ out where its logits would not fit.
 import argparse
 import importlib.util
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory of a GPU to torch
 
 import jax
-import jax.numpy as jnp
 
+from benchmarks.in_turn import matmul_flops, median_seconds
 from opensora_jax.kernels import chunked, reference
 from opensora_jax.kernels.attention import attention
 
 LOGITS_BYTES = 4 * 2**30  # the reference holds at most
-SIDE = {"cpu": 2048}  # of the matrices of the product; elsewhere 8192
 Shape = tuple[int, int, int, int]
 Passes = tuple[Callable[[], object], Callable[[], object]]  # forwards; forwards and backwards
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def in_chunks(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
-    """Returns attention by XLA in chunks, whatever the device."""
-    return chunked.forward(q, k, v, None, scale=scale, dtype=v.dtype)[0]
+def in_chunks(scale: float, dtype: str) -> tuple[Callable, Callable]:
+    """Returns attention by XLA in chunks, whatever the device: of q, k, v, and gradients of q, k, v and a gradient."""
+    options = {"scale": scale, "dtype": dtype}
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
+        return chunked.backward(q, k, v, None, gradient, *chunked.forward(q, k, v, None, **options), **options)
+
+    return lambda q, k, v: chunked.forward(q, k, v, None, **options)[0], both
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out, lse = chunked.forward(q, k, v, None, scale=scale, dtype=v.dtype)
-    return out, (q, k, v, out, lse)
-
-
-def _backward(scale: float, kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
-    q, k, v, out, lse = kept
-    return chunked.backward(q, k, v, None, gradient, out, lse, scale=scale, dtype=q.dtype)
-
-
-in_chunks.defvjp(_forward, _backward)
+def differentiated(function: Callable) -> tuple[Callable, Callable]:
+    """Returns the same of a function that JAX differentiates."""
+    return function, lambda q, k, v, gradient: jax.vjp(function, q, k, v)[1](gradient)
 
 
 def ours(shape: Shape, dtype: str) -> Iterator[tuple[str, Passes]]:
     """Yields backends that run here, with the work of both passes."""
     B, L, N, K = shape
-    backends: dict[str, Callable] = {"attention": attention, "chunks": partial(in_chunks, scale=K**-0.5)}
+    backends = {"attention": differentiated(attention), "chunks": in_chunks(K**-0.5, dtype)}
     if 4 * B * N * L * L <= LOGITS_BYTES:
-        backends["reference"] = reference.attention
+        backends["reference"] = differentiated(reference.attention)
     q, k, v, gradient = (jax.random.normal(jax.random.key(i), shape, dtype) for i in range(4))
-    for name, function in backends.items():
-        forwards = jax.jit(function)
-        both = jax.jit(lambda q, k, v, g, function=function: jax.vjp(function, q, k, v)[1](g))
+    for name, passes in backends.items():
+        forwards, both = map(jax.jit, passes)
         yield (
             name,
             (
@@ -95,25 +86,6 @@ def theirs(shape: Shape, dtype: str) -> Passes:
     return forwards, both
 
 
-def seconds(run: Callable[[], object], runs: int) -> float:
-    """Returns the median time of a run, after one that compiles."""
-    run()
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def ceiling(dtype: str, runs: int) -> float:
-    """Returns the operations per second of a product of two square matrices."""
-    side = SIDE.get(jax.default_backend(), 8192)
-    a = jax.random.normal(jax.random.key(0), (side, side), dtype)
-    product = jax.jit(jnp.matmul)
-    return 2 * side**3 / seconds(lambda: jax.block_until_ready(product(a, a)), runs)
-
-
 def main() -> None:
     """Prints the table."""
     small = jax.default_backend() == "cpu"
@@ -129,7 +101,7 @@ def main() -> None:
     columns = ("batch, length, heads, size", "dtype", "backend", "fwd ms", "TFLOP/s", "share")
     print("{:<28}{:<10}{:<11}{:>10}{:>9}{:>7}{:>13}{:>9}{:>7}".format(*columns, "fwd+bwd ms", *columns[4:]))
     for dtype in given.dtypes:
-        top = ceiling(dtype, given.runs)
+        top = matmul_flops(dtype)
         print(f"{'product of matrices':<28}{dtype:<10}{'XLA':<11}{'':>10}{top / 1e12:>9.2f}{1:>7.0%}", flush=True)
         for length in given.lengths:
             shape = (given.batch, length, given.heads, given.head_size)
@@ -139,7 +111,7 @@ def main() -> None:
             for name, (forwards, both) in work:
                 row = f"{shape!s:<28}{dtype:<10}{name:<11}"
                 for run, products, width in ((forwards, 2, 10), (both, 7, 13)):
-                    took = seconds(run, given.runs)
+                    (took,) = median_seconds([run], given.runs)
                     rate = 2 * products * shape[0] * shape[2] * shape[3] * length**2 / took
                     row += f"{took * 1e3:>{width}.1f}{rate / 1e12:>9.2f}{rate / top:>7.0%}"
                 print(row, flush=True)

@@ -7,8 +7,6 @@ difference of the results. The extra `bench` has torch and diffusers, which noth
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
@@ -18,6 +16,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from flax import nnx
 
+from benchmarks.in_turn import median_seconds
 from opensora_jax.config.flag import load_config
 from opensora_jax.models.hunyuan_vae import HunyuanVAE
 from opensora_jax.weights.params import load_params
@@ -76,14 +75,8 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}, {given.threads} threads")
     print(f"{'work':<22}{'ours s':>10}{'theirs s':>10}{'ratio':>8}{'difference':>12}")
     for name, runs in work(theirs()).items():
-        results = [run() for run in runs]  # compiles, warms up
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for _ in range(given.runs):
-            for run, times in zip(runs, seconds, strict=True):
-                start = time.perf_counter()
-                run()
-                times.append(time.perf_counter() - start)
-        mine, peers = map(statistics.median, seconds)
+        results = [run() for run in runs]
+        mine, peers = median_seconds(runs, given.runs)
         apart = np.abs(results[0] - results[1]).max() / np.abs(results[1]).max()
         print(f"{name:<22}{mine:>10.3f}{peers:>10.3f}{mine / peers:>8.2f}{apart:>12.1e}", flush=True)
 

@@ -17,10 +17,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from opensora_jax.forecast.topology import ENVIRONMENT, parse_topology
+
 CONFIG = "configs/diffusion/inference/256px.py"
 CLIPS = ((33, 192, 336), (65, 192, 336), (129, 192, 336), (129, 576, 1024))  # frames, height, width
 TOPOLOGY = "v5p:2x2x1"  # one host's four chips
-TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 Clip = tuple[int, int, int]
 
 
@@ -37,7 +38,6 @@ def measure(device: str, clip: Clip, tiling: dict[str, bool], count: int) -> int
     import jax.numpy as jnp
     import numpy as np
     from flax import nnx
-    from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
     from opensora_jax.config.flag import load_config
@@ -60,11 +60,7 @@ def measure(device: str, clip: Clip, tiling: dict[str, bool], count: int) -> int
         return jnp.zeros((1, (z.shape[1] - 1) * t + 1, z.shape[2] * s, z.shape[3] * s, 3))
 
     jax.eval_shape(lambda z: tiled_decode(config.tiling, z, record), jax.ShapeDtypeStruct(shape, jnp.float32))
-    devices = (
-        topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
-        if device == "v5p"
-        else jax.devices()
-    )
+    devices = parse_topology(TOPOLOGY).load() if device == "v5p" else jax.devices()
     mesh = Mesh(np.asarray(devices[:count]), ("space",), axis_types=(AxisType.Auto,))
 
     def placed(shape: tuple[int, ...], dtype: jnp.dtype, *spec: str | None) -> jax.ShapeDtypeStruct:
@@ -83,7 +79,7 @@ def measure(device: str, clip: Clip, tiling: dict[str, bool], count: int) -> int
 def measured_apart(device: str, clip: Clip, tiling: dict[str, bool], count: int, limit: float) -> str:
     """Returns the result of `measure` in GB, found by a process of its own, or why there is none."""
     work = json.dumps({"device": device, "clip": clip, "tiling": tiling, "count": count})
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)} | (TPU if device == "v5p" else {})
+    env = os.environ | ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(count)}
     command = ["nice", sys.executable, __file__, f"--one={work}"]
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)

@@ -42,8 +42,7 @@ def forward(
     """
     if _by_head(q):
         run = partial(forward, scale=scale, dtype=dtype, logits=logits)
-        out, lse = _over_heads(run, (q, k, v), (), real)
-        return _heads(out, len(q)), _heads(lse, len(q))
+        return _over_heads(run, (q, k, v), (), real)
     rows, columns = _sizes(q, k, logits)
     known = _columns(k, v, real, columns)
 
@@ -84,8 +83,7 @@ def backward(
     """
     if _by_head(q):
         run = partial(backward, scale=scale, dtype=dtype, logits=logits)
-        dq, dk, dv = _over_heads(run, (q, k, v, gradient, out), (lse,), real)
-        return _heads(dq, len(q)), _heads(dk, len(q)), _heads(dv, len(q))
+        return _over_heads(run, (q, k, v, gradient, out), (lse,), real)
     centre = _product("BLNK,BLNK->BNL", gradient, out)
     rows, columns = _sizes(q, k, logits)
     known = (_split(q, rows), _split(gradient, rows), _split_rows(lse, rows), _split_rows(centre, rows))
@@ -119,7 +117,7 @@ def _by_head(q: Float[Array, "B L N K"]) -> bool:
 
 
 def _over_heads(run: Callable, heads: tuple[Array, ...], rows: tuple[Array, ...], real: Array | None) -> Any:
-    """Returns what `run(*heads, real, *rows)` gives for every head alone, on a leading axis of samples and heads."""
+    """Returns what `run(q, k, v, real, ...)` gives, called for every head alone."""
     B, _, N, _ = heads[0].shape
     by_head = [rearrange(x, "B L N K -> (B N) 1 L 1 K") for x in heads]
     by_row = [rearrange(x, "B N L -> (B N) 1 1 L") for x in rows]
@@ -129,14 +127,10 @@ def _over_heads(run: Callable, heads: tuple[Array, ...], rows: tuple[Array, ...]
         (q, k, v, *rest), rows, real = given
         return run(q, k, v, real, *rest, *rows)
 
-    return jax.lax.map(one, (by_head, by_row, known))
+    def joined(found: Array) -> Array:
+        return rearrange(found, "(B N) 1 L 1 K -> B L N K" if found.ndim == 5 else "(B N) 1 1 L -> B N L", B=B)
 
-
-def _heads(found: Array, samples: int) -> Array:
-    """Returns what was found for every head as `(B L N K)`, or `(B N L)` for numbers per row."""
-    if found.ndim == 5:
-        return rearrange(found, "(B N) 1 L 1 K -> B L N K", B=samples)
-    return rearrange(found, "(B N) 1 1 L -> B N L", B=samples)
+    return jax.tree.map(joined, jax.lax.map(one, (by_head, by_row, known)))
 
 
 def _sizes(q: Array, k: Array, logits: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 
 from opensora_jax.kernels.blocks import LANES, Blocks, device_kind, fit, largest
 from opensora_jax.kernels.flash_tpu_backward import backward
-from opensora_jax.kernels.operands import LOG2E, Padding, column, cost, dot, in_chunks, layout, padding, zeroed
+from opensora_jax.kernels.operands import LOG2E, Padding, column, cost, dot, in_parts, layout, padding, zeroed
 
 __all__ = ["backward", "forward"]
 
@@ -80,7 +80,7 @@ def _kernel(*refs: Any, mask: Padding, steps: int, scale: float, blocks: Blocks)
         seen[...] = jnp.zeros_like(seen)
 
     def meet(masked: bool) -> None:
-        def chunk(part: Any) -> None:
+        def chunk(part: Any, _: None) -> None:
             logits = dot(q[...], k[part, :], 1, 1) * (scale * LOG2E)
             if masked:
                 logits = jnp.where(real[:, part] > 0, logits, -jnp.inf)
@@ -93,7 +93,7 @@ def _kernel(*refs: Any, mask: Padding, steps: int, scale: float, blocks: Blocks)
             values = zeroed(v[part, :], column(real[:, part])) if masked else v[part, :]
             seen[...] = seen[...] * _wide(shrink, seen.shape[1]) + dot(weights.astype(v.dtype), values, 1, 0)
 
-        in_chunks(blocks, chunk, unroll=not masked)
+        in_parts(blocks.keys, blocks.chunk, chunk, unroll=not masked)
 
     mask.meet(counts, head, step, steps, True, meet)
 

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from opensora_jax.kernels.blocks import Blocks, device_kind, fit, largest
-from opensora_jax.kernels.operands import LOG2E, Padding, column, cost, dot, in_chunks, layout, padding, zeroed
+from opensora_jax.kernels.operands import LOG2E, Padding, column, cost, dot, in_parts, layout, padding, zeroed
 
 # A block of the gradient of queries is written back up to two steps after it was computed and read one step early.
 STEPS_APART = 4
@@ -107,7 +107,7 @@ def _kernel(*refs: Any, mask: Padding, length: int, steps: tuple[int, int], scal
             inside = jax.lax.broadcasted_iota(jnp.int32, (blocks.queries, 1), 0) < length - at * blocks.queries
             queries, gradients = zeroed(queries, inside), zeroed(gradients, inside)
 
-        def chunk(part: Any) -> None:
+        def chunk(part: Any, _: None) -> None:
             known = column(real[:, part]) if masked and mask.masked else None
             of_k, of_v = (x[part, :] if known is None else zeroed(x[part, :], known) for x in (k, v))
             # logits lie with a row per key: then only the small operand of the product for dq is turned
@@ -120,7 +120,7 @@ def _kernel(*refs: Any, mask: Padding, length: int, steps: tuple[int, int], scal
             keys[part, :] += dot(dlogits, queries, 1, 0)
             dq[...] += dot(of_k, dlogits, 0, 0)
 
-        in_chunks(blocks, chunk, unroll=not masked)
+        in_parts(blocks.keys, blocks.chunk, chunk, unroll=not masked)
 
     whole = (at + 1) * blocks.queries <= length if steps[0] * blocks.queries > length else True
     mask.meet(counts, head, step, steps[1], whole, meet)

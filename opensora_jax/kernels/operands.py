@@ -12,7 +12,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Bool, Float
 
-from opensora_jax.kernels.blocks import LANES, Blocks
+from opensora_jax.kernels.blocks import LANES
 
 LOG2E = math.log2(math.e)  # the hardware has powers of two
 
@@ -134,13 +134,16 @@ def zeroed(x: Array, rows: Array) -> Array:
     return jnp.where(rows, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
 
-def in_chunks(blocks: Blocks, run: Callable[[Any], None], *, unroll: bool) -> None:
-    """Calls `run` in a kernel with every chunk of a block of keys. Unrolled, chunks overlap; a loop compiles faster."""
+def in_parts(length: int, size: int, run: Callable[[Any, Any], Any], start: Any = None, *, unroll: bool = False) -> Any:
+    """Returns what `run(part, so far)` leaves in a kernel after all parts of a block's axis, whole registers each.
 
-    def step(index: Any, _: None) -> None:
-        run(pl.ds(pl.multiple_of(index * blocks.chunk, LANES), blocks.chunk))
+    Unrolled, parts overlap; a loop compiles faster.
+    """
 
-    jax.lax.fori_loop(0, blocks.keys // blocks.chunk, step, None, unroll=unroll)
+    def step(index: Any, known: Any) -> Any:
+        return run(pl.ds(pl.multiple_of(index * size, LANES), size), known)
+
+    return jax.lax.fori_loop(0, length // size, step, start, unroll=unroll)
 
 
 def dot(a: Array, b: Array, over_a: int, over_b: int) -> Array:

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from opensora_jax.kernels.blocks import LANES
+from opensora_jax.kernels.operands import in_parts
 
 BLOCK_BYTES = 3 * 2**19  # of an array in a grid step: three arrays, each twice, stay within 16 MiB of VMEM
 
@@ -35,7 +36,7 @@ def forward(
 ) -> Float[Array, "B L C"]:
     """Returns the heads of `x`, normalised, times `gain`, rotated; K is a multiple of 128 and divides C."""
     kernel = functools.partial(_forward, channels=len(gain), eps=eps, pairs=pairs)
-    return _call(kernel, (x,), gain, cos, sin, [x], "prologue_forward")[0]
+    return _call(kernel, (x,), gain, cos, sin, "prologue_forward")[0]
 
 
 def backward(
@@ -50,41 +51,46 @@ def backward(
 ) -> tuple[Float[Array, "B L C"], Float[Array, "K"]]:
     """Returns the gradients of `x` and `gain` from that of the result."""
     kernel = functools.partial(_backward, channels=len(gain), length=x.shape[1], eps=eps, pairs=pairs)
-    by_block = jax.ShapeDtypeStruct((len(x), 1, len(gain)), jnp.float32)
-    dx, parts = _call(kernel, (x, gradient), gain, cos, sin, [x, by_block], "prologue_backward")
+    dx, parts = _call(kernel, (x, gradient), gain, cos, sin, "prologue_backward", of_gain=True)
     return dx, parts.sum((0, 1)).astype(gain.dtype)
 
 
 def _call(
-    kernel: Any, arrays: tuple[Array, ...], gain: Array, cos: Array, sin: Array, results: list[Any], name: str
+    kernel: Any,
+    arrays: tuple[Array, ...],
+    gain: Array,
+    cos: Array,
+    sin: Array,
+    name: str,
+    *,
+    of_gain: bool = False,
 ) -> Sequence[Array]:
-    """Returns what a kernel makes of blocks of rows; a result of one row has one for every block."""
-    B, L, C = arrays[0].shape
-    rows = max(8, min(BLOCK_BYTES // (C * arrays[0].dtype.itemsize), 512) // LANES * LANES)
+    """Returns what a kernel makes of blocks of rows, and with `of_gain` also a row of float32 for every block."""
+    (B, L, C), dtype = arrays[0].shape, arrays[0].dtype
+    rows = max(8, min(BLOCK_BYTES // (C * dtype.itemsize), 512) // LANES * LANES)
     rows = min(rows, -(-L // 8) * 8)
     steps = -(-L // rows)
     tokens = pl.BlockSpec((None, rows, C), lambda b, i: (b, i, 0))
     angles = pl.BlockSpec((None, rows, len(gain)), lambda b, i: (b if len(cos) > 1 else 0, i, 0))
     whole = pl.BlockSpec((1, len(gain)), lambda b, i: (0, 0))
     one = pl.BlockSpec((None, 1, len(gain)), lambda b, i: (b * steps + i, 0, 0))
-    by_tokens = [result.shape == arrays[0].shape for result in results]
     return pl.pallas_call(
         kernel,
         grid=(B, steps),
         in_specs=[*[tokens] * len(arrays), whole, angles, angles],
-        out_specs=[tokens if like else one for like in by_tokens],
+        out_specs=[tokens, *[one] * of_gain],
         out_shape=[
-            jax.ShapeDtypeStruct(result.shape if like else (B * steps, 1, len(gain)), result.dtype)
-            for result, like in zip(results, by_tokens, strict=True)
+            jax.ShapeDtypeStruct((B, L, C), dtype),
+            *[jax.ShapeDtypeStruct((B * steps, 1, len(gain)), jnp.float32)] * of_gain,
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=pl.CostEstimate(
             flops=20 * arrays[0].size,
             transcendentals=arrays[0].size // len(gain),
-            bytes_accessed=(len(arrays) + 1) * arrays[0].size * arrays[0].dtype.itemsize,
+            bytes_accessed=(len(arrays) + 1) * arrays[0].size * dtype.itemsize,
         ),
         name=name,
-    )(*arrays, gain.astype(arrays[0].dtype)[None], cos, sin)
+    )(*arrays, gain.astype(dtype)[None], cos, sin)
 
 
 def _forward(x: Any, gain: Any, cos: Any, sin: Any, out: Any, *, channels: int, eps: float, pairs: bool) -> None:
@@ -93,7 +99,7 @@ def _forward(x: Any, gain: Any, cos: Any, sin: Any, out: Any, *, channels: int, 
         gained = (rounded * gain[...].astype(jnp.float32)).astype(x.dtype).astype(jnp.float32)
         out[:, part] = (gained * cos[...] + _partner(gained, pairs) * sin[...]).astype(out.dtype)
 
-    _each_head(x, channels, head, None)
+    in_parts(x.shape[1], channels, head)
 
 
 def _backward(
@@ -121,16 +127,7 @@ def _backward(
         dx[:, part] = (inverse * (turned - normed * (turned * normed).mean(1, keepdims=True))).astype(dx.dtype)
         return total
 
-    dgain[...] = _each_head(x, channels, head, jnp.zeros((1, channels), jnp.float32))
-
-
-def _each_head(x: Any, channels: int, run: Any, start: Any) -> Any:
-    """Returns what `run(columns, so far)` leaves after all heads."""
-
-    def step(index: Any, known: Any) -> Any:
-        return run(pl.ds(pl.multiple_of(index * channels, LANES), channels), known)
-
-    return jax.lax.fori_loop(0, x.shape[1] // channels, step, start)
+    dgain[...] = in_parts(x.shape[1], channels, head, jnp.zeros((1, channels), jnp.float32))
 
 
 def _normalised(x: Array, eps: float) -> tuple[Array, Array]:

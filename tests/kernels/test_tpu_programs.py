@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from opensora_jax.forecast.topology import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -30,6 +33,7 @@ def test_attention_compiles_for_a_tpu(topology, names):
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
         timeout=600,
     )
     assert run.returncode == 0, run.stderr[-3000:]

@@ -6,24 +6,15 @@ console and holds memory.
 """
 
 import json
-import os
 import re
 import sys
-
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # no machine to ask
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is locked: no device is opened
-}
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from opensora_jax.forecast.topology import parse_topology
 from opensora_jax.kernels.attention import ATTENTION, attention
 from opensora_jax.nn.norm import RMSNorm
 from opensora_jax.nn.prologue import normed_and_rotated
@@ -98,7 +89,7 @@ PROGRAMS = {
 
 def compiled(topology, name):
     """Returns what the compiler says of a program."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = parse_topology(topology).load()
     mesh, function, inputs, logits = PROGRAMS[name](devices)
     with jax.set_mesh(mesh):
         program = jax.jit(function).lower(*inputs).compile()
