@@ -13,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # for the commands that tests start as well
 import jax
 import pytest
 
+MAPPINGS = 15_000  # of memory: Linux allows 65,530 in a process, beyond them compiling crashes
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opensora_jax" / "jax-tests"
 
 jax.config.update("jax_platforms", "cpu")
@@ -35,6 +36,13 @@ def pytest_configure(config):
             raise pytest.UsageError(f"--goldens {folder} is not a folder; give one with json and safetensors files.")
         if not any(folder.rglob("*.json")):
             raise pytest.UsageError(f"--goldens {folder} holds no case; give a folder with json files in it.")
+
+
+def pytest_runtest_teardown(item):
+    """Drops compiled programs, each of which holds a few mappings of memory, before a process runs out of them."""
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
 
 
 def pytest_terminal_summary(terminalreporter):
