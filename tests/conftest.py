@@ -1,6 +1,6 @@
 """The setting of all tests: a CPU as 8 devices, exact float32 products, compiled programs kept between runs.
 
-It is made through jax.config rather than the environment, so that commands started by tests see one device.
+Eight devices are made through jax.config rather than the environment, so that commands started by tests see one.
 Warnings are errors (pyproject.toml). Tests marked `slow` run too; `-m "not slow"` leaves them out. `--goldens` names
 the folders whose cases tests/parity runs; their table is printed at the end, with pytest-xdist too.
 """
@@ -13,9 +13,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # for the commands that tests start as well
 import jax
 import pytest
 
+from tests.environment import QUICK
+
 MAPPINGS = 15_000  # of memory: Linux allows 65,530 in a process, beyond them compiling crashes
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opensora_jax" / "jax-tests"
 
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()  # for those commands too
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")

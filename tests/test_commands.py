@@ -26,6 +26,7 @@ from opensora_jax.data.media.ffmpeg_process import binary
 from opensora_jax.data.media.video_writer import write_video
 from opensora_jax.data.table import probing, records
 from opensora_jax.inference import outputs
+from tests.environment import cpu_devices
 
 ROOT = Path(__file__).parents[1]
 SERVER = """
@@ -45,15 +46,13 @@ for line in sys.stdin:
         sys.exit()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # half the time to compile
 ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": QUICK,
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-EIGHT_DEVICES = {"XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count=8"}
+EIGHT_DEVICES = cpu_devices(8)
 PARTS = ("data=1", "fsdp=2", "seq=2", "tensor=2")
 
 VAE_STEPS, STEPS = 10, 14

@@ -22,6 +22,7 @@ from opensora_jax.weights.files import open_checkpoint, save_safetensors
 from opensora_jax.weights.layouts import to_fused
 from opensora_jax.weights.pretrained import DENOISERS, parse_model
 from opensora_jax.weights.rename import published_shapes
+from tests.environment import cpu_devices
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -31,8 +32,8 @@ SMALL = [f"--config.model.{field}" for field in ("hidden_size=24", "axes_dim=(2,
 
 def command(*arguments, devices=1):
     line = [sys.executable, "-m", "opensora_jax.convert", *map(str, arguments)]
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.run(line, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, timeout=120)
+    environment = os.environ | cpu_devices(devices)
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from opensora_jax.data.cache.latent_writer import LatentWriter
 from opensora_jax.data.cache.latents import CacheInfo
 from opensora_jax.data.plan.buckets import Bucket
 from opensora_jax.training.metrics import read_metrics
+from tests.environment import cpu_devices
 
 ROOT = Path(__file__).parents[1]
 CLIPS, STEPS = 40, 12
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 SIZE = [
     *(f"--config.model.{field}" for field in ("in_channels=16", "vec_in_dim=5", "context_in_dim=3", "hidden_size=24")),
     *(f"--config.model.{field}" for field in ("axes_dim=(2,2,2)", "depth=1", "depth_single_blocks=1")),
@@ -54,8 +54,8 @@ def start(latents: Path, workdir: Path, mesh: tuple[int, int], processes: int = 
     flags += [f"--config.mesh.data={mesh[0]}", f"--config.mesh.fsdp={mesh[1]}", f"--config.accumulation_steps={parts}"]
     command = [sys.executable, "-m", "opensora_jax.train", "--config=configs/diffusion/train/demo.py", *flags]
     environment = os.environ | {
+        **cpu_devices(mesh[0] * mesh[1] // processes),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={mesh[0] * mesh[1] // processes}",
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "PYTHONPATH": str(ROOT),
     }

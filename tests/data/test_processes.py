@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.data.read_steps import DEVICES, START, STEPS, Noise, digest, make_plan
+from tests.environment import cpu_devices
 
 ROOT = Path(__file__).parents[2]
 PLAN = make_plan(DEVICES)
@@ -25,10 +26,10 @@ def start_processes(count):
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     environment = os.environ | {
+        **cpu_devices(DEVICES // count),
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}",
     }
     script = [sys.executable, str(Path(__file__).with_name("read_steps.py"))]
     return [

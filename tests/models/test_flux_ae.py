@@ -10,7 +10,6 @@ from flax import nnx
 
 from opensora_jax.models.flux_ae import FluxAE, FluxAEConfig
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # halves compile times
 CONFIG = FluxAEConfig(
     resolution=8,
     in_channels=3,
@@ -26,7 +25,7 @@ CONFIG = FluxAEConfig(
 
 def jitted(model, method):
     graphdef, params = nnx.split(model)
-    run = jax.jit(lambda params, *inputs: getattr(nnx.merge(graphdef, params), method)(*inputs), compiler_options=QUICK)
+    run = jax.jit(lambda params, *inputs: getattr(nnx.merge(graphdef, params), method)(*inputs))
     return lambda *inputs: run(params, *inputs)
 
 

@@ -11,7 +11,6 @@ from flax import nnx
 from opensora_jax.models.opensora_vae import OpenSoraVAE, OpenSoraVAEConfig, SpatialVAE, SpatialVAEConfig
 from opensora_jax.models.temporal_vae import TemporalVAEConfig
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # halves compile times
 CONFIG = OpenSoraVAEConfig(
     vae_2d=SpatialVAEConfig(3, 3, (2, 4), 1, 3, 2),
     vae_temporal=TemporalVAEConfig(3, 5, 2, 2, 1, (1, 2, 2), (True, True), 2),
@@ -25,7 +24,7 @@ VIDEO = jax.random.uniform(jax.random.key(1), (2, 11, 4, 6, 3), minval=-1)
 
 def jitted(model, method):
     graphdef, params = nnx.split(model)
-    run = jax.jit(lambda params, *inputs: getattr(nnx.merge(graphdef, params), method)(*inputs), compiler_options=QUICK)
+    run = jax.jit(lambda params, *inputs: getattr(nnx.merge(graphdef, params), method)(*inputs))
     return lambda *inputs: run(params, *inputs)
 
 

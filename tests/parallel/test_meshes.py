@@ -22,7 +22,6 @@ from opensora_jax.parallel.rules import param_shardings, param_spec
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
 from opensora_jax.training.state import make_train_step, plan_state
 from tests.models.tiny import mmdit
-from tests.parity.golden import QUICK
 from tests.training.losses import Keyed
 
 CONFIG = mmdit(
@@ -82,7 +81,7 @@ def trained(config):
     graphdef, abstract, init = plan_state(make_model, optimizer, mesh, ema=False)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = make_train_step(graphdef, Keyed(loss), optimizer, ema_decay=None)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=QUICK)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
     @cache
     def losses(steps):
@@ -125,7 +124,7 @@ def gradients(config, mesh):
         return jnp.mean(nnx.merge(graphdef, params)(**inputs) ** 2)
 
     with jax.set_mesh(mesh):
-        return jax.jit(jax.grad(measure), out_shardings=shardings).lower(params, inputs).compile(QUICK).as_text()
+        return jax.jit(jax.grad(measure), out_shardings=shardings).lower(params, inputs).compile().as_text()
 
 
 def collectives(program, kind):

@@ -1,6 +1,5 @@
 """The causal video autoencoder: posterior, latents, reconstructions, and gradients of mean(reconstruction^2)."""
 
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -12,12 +11,11 @@ from jax import Array
 
 from opensora_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
 from opensora_jax.weights.params import load_params
-from tests.parity.golden import QUICK, Golden, Tolerance, channels_first, channels_last
+from tests.parity.golden import Golden, Tolerance, channels_first, channels_last
 from tests.parity.gradients import compare_gradients
 
 OUTPUT = Tolerance(1e-4)
 GRADIENT = Tolerance(5e-4)
-jit = partial(jax.jit, compiler_options=QUICK)
 DEFAULTS = {  # the original's
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
@@ -45,8 +43,8 @@ def hunyuan_vae(golden: Golden) -> None:
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: HunyuanVAE(config, rngs=nnx.Rngs(0))))
     params = load_params("hunyuan_vae", weights, shapes)
     inputs = {name: channels_last(value) for name, value in golden.part("in/").items()}
-    encode = jit(lambda params, x: _encoded(nnx.merge(graphdef, params), x, inputs.get("noise")))
-    decode = jit(lambda params, z: nnx.merge(graphdef, params).decode(z))
+    encode = jax.jit(lambda params, x: _encoded(nnx.merge(graphdef, params), x, inputs.get("noise")))
+    decode = jax.jit(lambda params, z: nnx.merge(graphdef, params).decode(z))
     for name, value in inputs.items():
         if name.startswith("z"):
             golden.compare(f"out/decode_{name}", channels_first(decode(params, value)), OUTPUT)

@@ -15,13 +15,12 @@ from opensora_jax.models.posterior import Posterior
 from opensora_jax.training.vae import VAELossConfig, measure
 from opensora_jax.weights.params import export_params, load_params
 from opensora_jax.weights.rename import published_shapes
-from tests.parity.golden import QUICK, Golden, Tolerance, channels_first, channels_last
+from tests.parity.golden import Golden, Tolerance, channels_first, channels_last
 
 DISTANCE, DISTANCE_GRADIENT = Tolerance(1e-4), Tolerance(1e-4)
 LOGITS, LOGITS_GRADIENT = Tolerance(2e-5), Tolerance(1e-4)
 LOSS, LOSS_GRADIENT = Tolerance(1e-5), Tolerance(1e-4)
 LOGGED = {"recon": "l1", "perceptual": "perceptual"}  # their name of a loss: our term
-jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def lpips_small(golden: Golden) -> None:
@@ -29,11 +28,11 @@ def lpips_small(golden: Golden) -> None:
     graphdef, params = _load_lpips(golden, LPIPSConfig(tuple(golden.about["config"]["widths"])))
     x, y = _images(golden)
     _compare_distances(golden, graphdef, params, x, y)
-    distance = jit(lambda params, x, y: nnx.merge(graphdef, params)(x, y))
+    distance = jax.jit(lambda params, x, y: nnx.merge(graphdef, params)(x, y))
     golden.compare("out/value_old_path", _column(distance(params, x, y)), DISTANCE)
     golden.compare("out/value_xx", _column(distance(params, x, x)))
     golden.compare("out/scaled_x", channels_first(to_vgg(x))[0].swapaxes(0, 1), DISTANCE)
-    for i, features in enumerate(jit(lambda params, x: _features(nnx.merge(graphdef, params), x))(params, x)):
+    for i, features in enumerate(jax.jit(lambda params, x: _features(nnx.merge(graphdef, params), x))(params, x)):
         stored = golden.values[f"out/feat{i}_x"].shape[1]  # so many channels
         golden.compare(f"out/feat{i}_x", np.moveaxis(features[0], -1, 1)[:, :stored], DISTANCE)
 
@@ -88,7 +87,7 @@ def _column(distance: Array) -> np.ndarray:
 
 
 def _compare_distances(golden: Golden, graphdef: nnx.GraphDef, params: nnx.State, x: Array, y: Array) -> None:
-    @jit
+    @jax.jit
     def run(params, x, y):
         def total(y):
             parts = nnx.merge(graphdef, params).distances(x, y)
@@ -136,7 +135,7 @@ def _run_discriminator(
 ) -> nnx.State:
     """Compare the logits of a mode and the gradients of mean(logits^2); returns the statistics after it."""
 
-    @jit
+    @jax.jit
     def run(params, stats, x):
         def loss(params, x):
             logits, after = call(nnx.merge(graphdef, params, stats), x)
@@ -182,7 +181,7 @@ def _compare_variant(
         return nll + kl, found
 
     arguments = (inputs["recon"], jnp.asarray(config.logvar_init), inputs["moments"])
-    (_, found), gradients = jit(jax.value_and_grad(terms, argnums=(0, 1, 2), has_aux=True))(*arguments)
+    (_, found), gradients = jax.jit(jax.value_and_grad(terms, argnums=(0, 1, 2), has_aux=True))(*arguments)
     for term, value in found.items():
         golden.compare(f"out/{name}.{term}", value, LOSS)
     by_recon, by_logvar, by_moments = gradients

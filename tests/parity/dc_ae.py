@@ -29,14 +29,13 @@ from opensora_jax.nn.efficient_vit import (
 from opensora_jax.nn.pixel_shuffle import Averaging, Duplicating, pixel_shuffle, pixel_unshuffle
 from opensora_jax.weights.params import export_params, load_params
 from tests.parity import manifests
-from tests.parity.golden import QUICK, Golden, Tolerance, channels_first, channels_last
+from tests.parity.golden import Golden, Tolerance, channels_first, channels_last
 from tests.parity.gradients import compare_gradients
 
 MODEL = "dc_ae"
 OUTPUT, BLOCK_OUTPUT, BLOCK_GRADIENT = Tolerance(1e-4), Tolerance(2e-5), Tolerance(1e-4)
 DIFFERENTIATED = {"evit": "xw", "down_t": "x"}  # block -> the input at which gradients are stored
 TRIPLE = (3, 3, 3)
-jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def network(golden: Golden) -> None:
@@ -45,7 +44,7 @@ def network(golden: Golden) -> None:
     scaled = replace(config, scaling_factor=golden.about["config"]["case"]["scaling_factor"])
     graph, params = load(partial(ours.DCAE, config), weights_of(golden))
     scaled_graph, _ = load(partial(ours.DCAE, scaled), weights_of(golden))
-    run = jit(lambda graph, params, x, method: getattr(nnx.merge(graph, params), method)(x), static_argnums=(0, 3))
+    run = jax.jit(lambda graph, params, x, method: getattr(nnx.merge(graph, params), method)(x), static_argnums=(0, 3))
     inputs = {name: channels_last(value) for name, value in golden.part("in/").items()}
     for name, x in inputs.items():
         method, result = ("decode", f"decode_{name}") if name.startswith("z") else ("encode", f"{name}_z")
@@ -58,7 +57,7 @@ def network(golden: Golden) -> None:
         if f"out/{result}_is_training" in golden.left:
             found[f"{result}_is_training"] = run(scaled_graph, params, x, "project")
         golden.compare_found({f"out/{key}": channels_first(value) for key, value in found.items()}, OUTPUT)
-    stages = jit(lambda params, x: _stages(nnx.merge(graph, params).encoder, x))(params, inputs["video"])
+    stages = jax.jit(lambda params, x: _stages(nnx.merge(graph, params).encoder, x))(params, inputs["video"])
     golden.compare_found({f"out/{key}": channels_first(value) for key, value in stages.items()}, OUTPUT)
     compare_gradients(golden, MODEL, partial(_reconstruction, graph), params, inputs["video"], "__input_video")
 
@@ -77,13 +76,13 @@ def blocks(golden: Golden) -> None:
             continue
         alone = f"{block}.weight" in weights  # a layer, not a module of layers: its name in itself is empty
         graph, params = load(made[block], weights, block if alone else f"{block}.")
-        run = jit(lambda params, x, graph=graph: nnx.merge(graph, params)(x))
+        run = jax.jit(lambda params, x, graph=graph: nnx.merge(graph, params)(x))
         golden.compare(f"out/{name}", _with_time(partial(run, params), inputs[given]), BLOCK_OUTPUT)
     for block, given in DIFFERENTIATED.items():
         graph, params = load(made[block], weights, f"{block}.")
         x = channels_last(inputs[given])
-        gradients = jit(jax.grad(lambda params, x=x, graph=graph: jnp.mean(nnx.merge(graph, params)(x) ** 2)))(params)
-        found = export_params(MODEL, gradients)
+        gradient = jax.jit(jax.grad(lambda params, x=x, graph=graph: jnp.mean(nnx.merge(graph, params)(x) ** 2)))
+        found = export_params(MODEL, gradient(params))
         golden.compare_found({f"grad/{block}.{key}": value for key, value in found.items()}, BLOCK_GRADIENT)
 
 

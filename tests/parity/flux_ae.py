@@ -13,7 +13,7 @@ from opensora_jax.models.flux_ae import FluxAE, FluxAEConfig
 from opensora_jax.models.posterior import Posterior
 from opensora_jax.weights.params import load_params
 from tests.parity.golden import Golden, channels_first, channels_last
-from tests.parity.gradients import OUTPUT, compare_gradients, jit
+from tests.parity.gradients import OUTPUT, compare_gradients
 
 
 def flux_ae(golden: Golden) -> None:
@@ -24,8 +24,8 @@ def flux_ae(golden: Golden) -> None:
     params = load_params("flux_ae", weights, shapes)
     inputs = {name: channels_last(value) for name, value in golden.part("in/").items()}
     noise = inputs.pop("noise", None)
-    encode = jit(lambda params, x: _encoded(nnx.merge(graphdef, params), x, noise))
-    decode = jit(lambda params, z: nnx.merge(graphdef, params).decode(z))
+    encode = jax.jit(lambda params, x: _encoded(nnx.merge(graphdef, params), x, noise))
+    decode = jax.jit(lambda params, z: nnx.merge(graphdef, params).decode(z))
     for name, value in inputs.items():
         if name.startswith("z"):
             golden.compare(f"out/decode_{name}", channels_first(decode(params, value)), OUTPUT)

@@ -17,7 +17,6 @@ from jax import Array
 from safetensors import safe_open
 
 NOTES = {"source", "note", "remarks", "dtype", "seed"}  # of a file of tables: no tables
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # halves compile times
 Measure = Callable[[np.ndarray, np.ndarray], float]
 
 

@@ -1,7 +1,6 @@
 """Gradients of an autoencoder case: of mean(reconstruction^2) by the stored parameters and by the input."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,10 @@ from jax import Array
 
 from opensora_jax.weights.params import export_params
 from opensora_jax.weights.rename import parameter_keys
-from tests.parity.golden import QUICK, Golden, Tolerance, channels_first
+from tests.parity.golden import Golden, Tolerance, channels_first
 
 OUTPUT = Tolerance(1e-4)
 GRADIENT = Tolerance(5e-4)
-jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def compare_gradients(
@@ -30,7 +28,7 @@ def compare_gradients(
     paths = dict(zip(keys, (path for path, _ in nnx.to_flat_state(params)), strict=True))
     stored = {paths[key] for key in golden.part("grad/") if key in paths}
 
-    @jit
+    @jax.jit
     def run(params: nnx.State, video: Array) -> tuple[Array, nnx.State, Array]:
         def loss(params: nnx.State, video: Array) -> Array:
             return jnp.mean(reconstruction(params, video) ** 2)

@@ -14,12 +14,11 @@ from opensora_jax.models import hunyuan_vae as ours
 from opensora_jax.nn import frame_attention
 from opensora_jax.nn.conv3d import CausalConv3d
 from opensora_jax.weights.params import export_params, load_params
-from tests.parity.golden import QUICK, Golden, Tolerance, channels_first, channels_last
+from tests.parity.golden import Golden, Tolerance, channels_first, channels_last
 
 OUTPUT = Tolerance(2e-5)
 GRADIENT = Tolerance(1e-4)
 MODEL = "hunyuan_vae"
-jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def blocks(golden: Golden) -> None:
@@ -35,11 +34,11 @@ def blocks(golden: Golden) -> None:
             continue
         block, given = name.split("__")
         graph, params = _load(made[block], weights, block.removesuffix("_nomask"))
-        run = jit(lambda params, x, graph=graph: nnx.merge(graph, params)(x))
+        run = jax.jit(lambda params, x, graph=graph: nnx.merge(graph, params)(x))
         with mock.patch.object(frame_attention, "attention", _unmasked if block.endswith("_nomask") else attention):
             golden.compare(f"out/{name}", channels_first(run(params, inputs[given])), OUTPUT)
     graph, params = _load(made["mid"], weights, "mid")
-    grads = jit(jax.grad(lambda params: jnp.mean(nnx.merge(graph, params)(inputs["x"]) ** 2)))(params)
+    grads = jax.jit(jax.grad(lambda params: jnp.mean(nnx.merge(graph, params)(inputs["x"]) ** 2)))(params)
     golden.compare_found({f"grad/mid.{k}": g for k, g in export_params(MODEL, grads).items()}, GRADIENT)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from opensora_jax.nn.norm import RMSNorm, standardize
 from opensora_jax.nn.rope import rope_table, rotate_half, rotate_pairs
 from opensora_jax.nn.stack import Stack
 from opensora_jax.weights.params import export_params, load_params
-from tests.parity.golden import QUICK, Golden, Tolerance, absolute, beyond_bfloat16, bfloat16_steps, relative_l2
+from tests.parity.golden import Golden, Tolerance, absolute, beyond_bfloat16, bfloat16_steps, relative_l2
 
 OUTPUT = Tolerance(1e-4)
 GRADIENT = Tolerance(5e-4)
@@ -96,7 +96,7 @@ def _run(graphdef: nnx.GraphDef, params: nnx.State, inputs: dict[str, Array], wi
         output = tokens(nnx.merge(graphdef, params), inputs)
         return jnp.mean(output.astype(jnp.float32) ** 2), output
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(params):
         inner = _intermediates(nnx.merge(graphdef, params), inputs)
         if not with_gradients:

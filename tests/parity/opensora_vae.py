@@ -20,7 +20,7 @@ from opensora_jax.models.temporal_vae import TemporalVAE, TemporalVAEConfig
 from opensora_jax.weights.params import load_params
 from tests.parity import manifests
 from tests.parity.golden import Golden, channels_first, channels_last
-from tests.parity.gradients import OUTPUT, compare_gradients, jit
+from tests.parity.gradients import OUTPUT, compare_gradients
 
 KIND = "opensora_vae"
 SIZES = [(frames, 64, 48) for frames in (1, 16, 17, 33, 34, 51)]  # of out/latent_size
@@ -31,8 +31,8 @@ def temporal(golden: Golden) -> None:
     """Drive `opensora12_vae_temporal*`."""
     config = build(TemporalVAEConfig, golden.about["config"]["vae_temporal"], "config.vae_temporal")
     graphdef, params = _model(golden, lambda: TemporalVAE(config, rngs=nnx.Rngs(0)))
-    encode = jit(lambda params, x: nnx.merge(graphdef, params).moments(x))
-    decode = jit(lambda params, z, frames: nnx.merge(graphdef, params).reconstruct(z, frames), static_argnums=2)
+    encode = jax.jit(lambda params, x: nnx.merge(graphdef, params).moments(x))
+    decode = jax.jit(lambda params, z, frames: nnx.merge(graphdef, params).reconstruct(z, frames), static_argnums=2)
     lengths = golden.about["config"]["Ts"]
     for frames in lengths:
         x, z = (channels_last(golden.tensors[f"in/{name}_T{frames}"]) for name in "xz")
@@ -56,7 +56,7 @@ def pipeline(golden: Golden) -> None:
     video, image, z, z_nomicro = (channels_last(golden.tensors[f"in/{name}"]) for name in _INPUTS)
     normal = _draws(golden, video.shape[:2])
 
-    @jit
+    @jax.jit
     def encoded(params: nnx.State) -> dict[str, Array]:
         model = nnx.merge(graphdef, params)
         found = {"encode_zeronoise": model.encode(video), "image_encode_zeronoise": model.encode(image)}
@@ -64,7 +64,7 @@ def pipeline(golden: Golden) -> None:
             found["encode_sample"] = model.encode(video, jax.random.key(0))
         return found | {"spatial_encode_zeronoise": model.spatial_vae.encode(video)}
 
-    @jit
+    @jax.jit
     def decoded(params: nnx.State, image_z: Array) -> dict[str, Array]:
         model = nnx.merge(graphdef, params)
         frames, micro = video.shape[1], config.micro_frame_size

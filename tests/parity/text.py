@@ -12,7 +12,7 @@ from flax import nnx
 from opensora_jax.models.clip import CLIPText, CLIPTextConfig
 from opensora_jax.models.t5 import T5Config, T5Encoder
 from opensora_jax.weights.params import load_params
-from tests.parity.golden import QUICK, Golden, Tolerance
+from tests.parity.golden import Golden, Tolerance
 
 ENCODER = Tolerance(2e-5)
 PAD = 0  # T5's padding id
@@ -21,7 +21,7 @@ PAD = 0  # T5's padding id
 def _load(kind: str, module: type[nnx.Module], golden: Golden, config: object) -> Callable[[np.ndarray], Any]:
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
     params = load_params(kind, golden.params()[1], shapes)
-    run = jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids), compiler_options=QUICK)
+    run = jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids))
     return lambda ids: run(params, jnp.asarray(ids, jnp.int32))
 
 

@@ -18,7 +18,7 @@ from opensora_jax.models.hunyuan_vae import HunyuanVAE
 from opensora_jax.weights.params import load_params
 from tests.parity import dc_ae
 from tests.parity.autoencoder import config_of
-from tests.parity.golden import QUICK, Golden, Tolerance, channels_first, channels_last
+from tests.parity.golden import Golden, Tolerance, channels_first, channels_last
 
 OUTPUT = Tolerance(1e-4)
 ONE_WAY = {"spatial": (True, False), "temporal": (False, True)}  # inputs of other names are tiled in both ways
@@ -70,5 +70,5 @@ def _quick(model: nnx.Module, method: str) -> AbstractContextManager:
     """Returns a context in which a method of a tile compiles quickly, and once for all ways to tile."""
     graph, params = nnx.split(model)
     plain = getattr(type(model), method).__wrapped__
-    run = jax.jit(lambda params, x: plain(nnx.merge(graph, params), x), compiler_options=QUICK)
+    run = jax.jit(lambda params, x: plain(nnx.merge(graph, params), x))
     return mock.patch.object(type(model), method, lambda self, x: run(params, x))

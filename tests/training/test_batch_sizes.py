@@ -22,6 +22,7 @@ from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.training import batch_sizes
 from opensora_jax.training.batch_sizes import AutoBatchConfig, BatchSizes, largest_fitting, scaled
 from opensora_jax.training.programs import GIB, Program, Programs, TooLargeError
+from tests.environment import cpu_devices
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {"48px": {129: (1.0, "auto"), 33: ((1.0, 0.5), "auto"), 1: (0.5, 7)}}
@@ -366,7 +367,7 @@ def test_all_processes_take_what_the_first_one_finds_and_it_alone_writes(tmp_pat
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    flags = cpu_devices(2) | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(index), port, str(tmp_path)],
