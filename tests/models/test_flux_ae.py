@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from opensora_jax.models.flux_ae import FluxAE, FluxAEConfig
+from tests.models.jitted import jitted
 
 CONFIG = FluxAEConfig(
     resolution=8,
@@ -21,12 +22,6 @@ CONFIG = FluxAEConfig(
     scale_factor=1.0,
     shift_factor=0.0,
 )
-
-
-def jitted(model, method):
-    graphdef, params = nnx.split(model)
-    run = jax.jit(lambda params, *inputs: getattr(nnx.merge(graphdef, params), method)(*inputs))
-    return lambda *inputs: run(params, *inputs)
 
 
 def test_no_frame_knows_another():

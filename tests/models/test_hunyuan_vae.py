@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from opensora_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
+from tests.models.jitted import jitted
 
 CONFIG = HunyuanVAEConfig(3, 3, 5, (4, 8, 8), 1, 2, 4, 4, False, 1.0, 0.0)
 
@@ -45,12 +46,6 @@ def test_encoding_refuses_what_it_would_give_back_with_other_frames():
     for method in (model.encode, model.posterior):
         with pytest.raises(ValueError, match="got 7: use 5 or 9"):
             method(jnp.zeros((1, 7, 8, 8, 3)))
-
-
-def jitted(model, method):
-    graphdef, params = nnx.split(model)
-    run = jax.jit(lambda params, *inputs: getattr(nnx.merge(graphdef, params), method)(*inputs))
-    return lambda *inputs: run(params, *inputs)
 
 
 def test_a_draw_depends_on_its_key_and_scatters_around_the_mode():

@@ -10,6 +10,7 @@ from flax import nnx
 
 from opensora_jax.models.opensora_vae import OpenSoraVAE, OpenSoraVAEConfig, SpatialVAE, SpatialVAEConfig
 from opensora_jax.models.temporal_vae import TemporalVAEConfig
+from tests.models.jitted import jitted
 
 CONFIG = OpenSoraVAEConfig(
     vae_2d=SpatialVAEConfig(3, 3, (2, 4), 1, 3, 2),
@@ -20,12 +21,6 @@ CONFIG = OpenSoraVAEConfig(
     scale=(3.0, 4.0),
 )
 VIDEO = jax.random.uniform(jax.random.key(1), (2, 11, 4, 6, 3), minval=-1)
-
-
-def jitted(model, method):
-    graphdef, params = nnx.split(model)
-    run = jax.jit(lambda params, *inputs: getattr(nnx.merge(graphdef, params), method)(*inputs))
-    return lambda *inputs: run(params, *inputs)
 
 
 def test_chunks_of_frames_know_nothing_of_each_other():

@@ -30,7 +30,7 @@ def hunyuan_vae(golden: Golden) -> None:
     weights = {name: np.asarray(value, np.float32) for name, value in golden.params()[1].items()}  # stored in float16
     graph, shapes = nnx.split(nnx.eval_shape(lambda: HunyuanVAE(config, rngs=nnx.Rngs(0))))
     model = nnx.merge(graph, load_params("hunyuan_vae", weights, shapes))
-    with _quick(model, "moments"), _quick(model, "reconstruct"):
+    with _compiled_once(model, "moments"), _compiled_once(model, "reconstruct"):
         _compare(golden, model, _of_moments)
 
 
@@ -38,7 +38,7 @@ def dcae(golden: Golden) -> None:
     """Drive `dcae_tiling*`."""
     config = dc_ae.config_of(golden.about["config"]["dotlist"])
     model = nnx.merge(*dc_ae.load(partial(DCAE, config), dc_ae.weights_of(golden)))
-    with _quick(model, "project"), _quick(model, "reconstruct"):
+    with _compiled_once(model, "project"), _compiled_once(model, "reconstruct"):
         _compare(golden, model, _of_latent)
 
 
@@ -66,8 +66,8 @@ def _of_latent(model: DCAE, video: Array) -> dict[str, Array]:
     return {"untiled_z": model.encode(video)}
 
 
-def _quick(model: nnx.Module, method: str) -> AbstractContextManager:
-    """Returns a context in which a method of a tile compiles quickly, and once for all ways to tile."""
+def _compiled_once(model: nnx.Module, method: str) -> AbstractContextManager:
+    """Returns a context in which a method of a tile compiles once for all ways to tile."""
     graph, params = nnx.split(model)
     plain = getattr(type(model), method).__wrapped__
     run = jax.jit(lambda params, x: plain(nnx.merge(graph, params), x))
