@@ -22,10 +22,10 @@ from opensora_jax.diffusion.sampler import branch_prompts, denoise
 from opensora_jax.inference.pipeline import check_batch_sizes
 from opensora_jax.inference.request import SamplingOption, latent_shape
 from opensora_jax.inference.stage import Network, Stage
-from opensora_jax.models.codec import to_bytes
+from opensora_jax.models import codec
 from opensora_jax.models.mmdit import MMDiTConfig
 from opensora_jax.nn.lora import LoRAConfig
-from opensora_jax.parallel.batch import batch_sharding, video_sharding
+from opensora_jax.parallel.batch import batch_sharding
 from opensora_jax.parallel.mesh import MeshConfig, check_heads, data_shards
 from opensora_jax.parallel.rules import param_shardings
 from opensora_jax.training.conditions import CONDITION, ConditionMix
@@ -263,13 +263,13 @@ def decode(sections: SampleSections, mesh: Mesh) -> Program:
     option = sections.sampling_option
     shape = latent_shape(option, sections.cond_type, autoencoder, network.patch_size)
     rows = min(sections.decode_batch_size, sections.batch_size)
-    place = video_sharding(mesh, rows, *shape[1:])
+    place = codec.sharding(autoencoder, mesh, rows, *shape[1:])
     latent = jax.ShapeDtypeStruct((rows, *shape, autoencoder.latent_channels), jnp.float32, sharding=place)
     graph, params = abstract_weights(sections.ae, AUTOENCODERS, "config.ae", sections.dtype, mesh)
     asked = {"frames": option.num_frames} if getattr(autoencoder, "is_decoded_to_frames", False) else {}
 
     def run(params, latent):
-        return to_bytes(nnx.merge(graph, params).decode(latent, **asked))
+        return codec.to_bytes(nnx.merge(graph, params).decode(latent, **asked))
 
     others = abstract_weights(sections.model, DENOISERS, "config.model", sections.dtype, mesh)[1]
     beside = {"denoiser": others, "text encoders": text_weights(sections, mesh)}

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import jax
 from jax import Array
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
 
 MOST_CHANNELS = 256  # of a head that a flash kernel takes
 FEW_KEYS = 256
@@ -43,10 +43,14 @@ def choose_kernel(channels: int) -> Choice:
     if channels > MOST_CHANNELS:
         return Choice("chunked", f"flash kernels take head sizes up to {MOST_CHANNELS}, not {channels}")
     mesh = jax.sharding.get_abstract_mesh()
-    left = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual]
-    if any(mesh.shape[name] > 1 for name in left):
+    if any(mesh.shape[name] > 1 for name in left_to_compiler(mesh)):
         return Choice("chunked", "the compiler cannot split a kernel over devices: call it inside shard_map")
     return Choice("flash", "there are many logits")
+
+
+def left_to_compiler(mesh: AbstractMesh) -> set[str]:
+    """Returns the axes over which the compiler splits arrays: those that no `shard_map` around has taken."""
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual}
 
 
 def platform() -> str:

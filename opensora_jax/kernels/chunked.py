@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from opensora_jax.kernels.choice import platform
 
 LOGITS = 2**21  # held at a time: 8 MiB stay in a CPU's caches
-KEYS = 1024  # of a chunk
+KEYS = 2048  # of a chunk: one that holds all keys needs no second pass over sums
 LOWEST = -1e30  # where a running maximum begins: finite, so that differences of it are numbers
 
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)

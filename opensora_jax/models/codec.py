@@ -1,7 +1,8 @@
 """An autoencoder at work on a mesh: bytes to latents and latents to bytes, whatever the network.
 
 A batch is split over the devices, in space where there are fewer videos than devices, with the result of one device.
-Methods run outside `jax.jit`: networks compile their own parts, and tiles, where a config asks for them, run in turn.
+Methods run outside `jax.jit`: networks compile their own parts, and tiles, where a config asks for them, are shared out
+among the devices, each of which takes whole ones.
 """
 
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float, Key, UInt8
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.parallel.batch import video_sharding
+from opensora_jax.parallel.samples import group_sharding, groups_at_once
 
 Bytes = UInt8[Array, "B T H W 3"] | UInt8[np.ndarray, "B T H W 3"]
 Pixels = Float[Array, "B T H W 3"] | Float[np.ndarray, "B T H W 3"]
@@ -52,7 +54,8 @@ class Codec:
         """
         pixels = self._pixels(video)
         if keys is None:
-            return self.autoencoder.encode(pixels)
+            with jax.set_mesh(self.mesh):
+                return self.autoencoder.encode(pixels)
         return jax.vmap(lambda clip, key: self.autoencoder.encode(clip[None], key)[0])(pixels, keys)
 
     def decode(self, latents: Float[Array, "B t h w Z"], frames: int) -> UInt8[Array, "B T H W 3"]:
@@ -75,10 +78,11 @@ class Codec:
     def moments(self, video: Video) -> tuple[Float[Array, "B t h w Z"], Float[Array, "B t h w Z"]]:
         """Returns mean and variance of the unscaled latent; of an autoencoder without a posterior the latent and 0."""
         pixels = self._pixels(video)
-        if not hasattr(self.autoencoder, "posterior"):
-            latent = self.autoencoder.unscaled(pixels)
-            return latent, jnp.zeros_like(latent)
-        posterior = self.autoencoder.posterior(pixels)
+        with jax.set_mesh(self.mesh):
+            if not hasattr(self.autoencoder, "posterior"):
+                latent = self.autoencoder.unscaled(pixels)
+                return latent, jnp.zeros_like(latent)
+            posterior = self.autoencoder.posterior(pixels)
         return posterior.mean, jnp.exp(posterior.logvar)
 
     def _decoded(self, latents: Float[Array, "B t h w Z"], frames: int) -> Float[Array, "B T H W 3"]:
@@ -87,7 +91,8 @@ class Codec:
             raise UserError(f"There is nothing to decode: got {batch} latents of {latent_frames} frames.")
         latents = self._spread(latents, batch, rows, columns)
         asks = getattr(self.autoencoder, "is_decoded_to_frames", False)
-        video = self.autoencoder.decode(latents, frames=frames) if asks else self.autoencoder.decode(latents)
+        with jax.set_mesh(self.mesh):
+            video = self.autoencoder.decode(latents, frames=frames) if asks else self.autoencoder.decode(latents)
         if video.shape[1] < frames:
             raise UserError(
                 f"{latent_frames} latent frames are decoded to {video.shape[1]} frames: {frames} were asked for."
@@ -108,7 +113,15 @@ class Codec:
         return to_pixels(placed)
 
     def _spread(self, array: Any, batch: int, rows: int, columns: int) -> Array:
-        return jax.device_put(array, video_sharding(self.mesh, batch, rows, columns))
+        return jax.device_put(array, sharding(self.autoencoder, self.mesh, batch, rows, columns))
+
+
+def sharding(autoencoder: Any, mesh: Mesh, batch: int, rows: int, columns: int) -> NamedSharding:
+    """Returns how an autoencoder takes videos whose latents have so many rows and columns: see the top of the file."""
+    tiling = getattr(autoencoder, "tiling", None)
+    with jax.set_mesh(mesh):
+        shares_tiles = tiling is not None and tiling.cuts_space(rows, columns) and groups_at_once(batch) > 1
+    return group_sharding(mesh, batch) if shares_tiles else video_sharding(mesh, batch, rows, columns)
 
 
 @jax.jit

@@ -35,7 +35,7 @@ from opensora_jax.nn.pixel_shuffle import (
     pixel_shuffle,
     pixel_unshuffle,
 )
-from opensora_jax.nn.tiling import decoded_parts, join_frames, tiled_encode
+from opensora_jax.nn.tiling import Tiling, decoded_parts, join_frames, tiled_encode
 
 Kernel = tuple[int, ...]  # sizes, (time, height, width) or without time
 SCALES = {"EViT_GLU": (), "EViTS5_GLU": (5,)}  # kernel sizes at which attention sees queries, keys and values
@@ -231,12 +231,17 @@ class DCAE(nnx.Module):
         check_frames(frames, lambda n: n == 1 or n % t == 0, f"1 frame or {t} n")
         return (max(1, frames // t), *latent_size(height, width, self.strides[1]))
 
+    @property
+    def tiling(self) -> Tiling:
+        """How videos that are larger than a tile are cut."""
+        return self.config.tiling
+
     def gives_back(self, frames: int) -> bool:
         """Returns whether decoding the latent of so many frames gives all of them."""
         latents, rest = divmod(frames, self.strides[0])
         if frames == 1 or latents < 1 or rest:
             return frames == 1
-        return self.strides[0] == 1 or min(self.config.tiling.latent_tiles(latents)) > 1
+        return self.strides[0] == 1 or min(self.tiling.latent_tiles(latents)) > 1
 
     def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B t h w Z"]:
         """Returns the latent over `scaling_factor`; there is no posterior, so a key draws nothing.
@@ -248,7 +253,7 @@ class DCAE(nnx.Module):
     def unscaled(self, video: Float[Array, "B T H W C"]) -> Float[Array, "B t h w Z"]:
         """Returns the unscaled latent, in tiles where the video is larger than one."""
         self.latent_shape(*video.shape[1:4])
-        return tiled_encode(self.config.tiling, video, self.project)
+        return tiled_encode(self.tiling, video, self.project)
 
     def decode(self, latent: Float[Array, "B t h w Z"]) -> Float[Array, "B T H W C"]:
         """Returns pixels, about [-1, 1], of a scaled latent."""
@@ -256,7 +261,7 @@ class DCAE(nnx.Module):
 
     def decode_parts(self, latent: Float[Array, "B t h w Z"]) -> Iterator[Float[Array, "B T H W C"]]:
         """Yields the frames of `decode` in parts, each as soon as it is ready; temporal tiles make several."""
-        return decoded_parts(self.config.tiling, latent * self._scale, self.reconstruct)
+        return decoded_parts(self.tiling, latent * self._scale, self.reconstruct)
 
     @compiled
     def project(self, video: Float[Array, "B T H W C"]) -> Float[Array, "B t h w Z"]:

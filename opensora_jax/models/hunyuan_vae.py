@@ -283,6 +283,11 @@ class HunyuanVAE(nnx.Module):
         check_frames(frames, self.gives_back, f"1 + {t} n frames")
         return ((frames - 1) // t + 1, *latent_size(height, width, self.strides[1]))
 
+    @property
+    def tiling(self) -> Tiling:
+        """How videos that are larger than a tile are cut."""
+        return self.config.tiling
+
     def gives_back(self, frames: int) -> bool:
         """Returns whether decoding the latent of so many frames gives all of them."""
         return frames >= 1 and (frames - 1) % self.strides[0] == 0
@@ -294,7 +299,7 @@ class HunyuanVAE(nnx.Module):
         Raises: ValueError for sizes that the autoencoder cannot take.
         """
         self.latent_shape(*video.shape[1:4])
-        return Posterior.of(tiled_encode(self.config.tiling, video, self.moments))
+        return Posterior.of(tiled_encode(self.tiling, video, self.moments))
 
     @compiled
     def moments(self, video: Float[Array, "B T H W C"]) -> Float[Array, "B t h w M"]:
@@ -313,7 +318,7 @@ class HunyuanVAE(nnx.Module):
     def decode_parts(self, latent: Float[Array, "B t h w Z"]) -> Iterator[Float[Array, "B T H W C"]]:
         """Yields the frames of `decode` in parts, each as soon as it is ready; temporal tiles make several."""
         z = latent / jnp.asarray(self.config.scale_factor) + jnp.asarray(self.config.shift_factor)
-        return decoded_parts(self.config.tiling, z, self.reconstruct)
+        return decoded_parts(self.tiling, z, self.reconstruct)
 
     @compiled
     def reconstruct(self, z: Float[Array, "B t h w Z"]) -> Float[Array, "B T H W C"]:

@@ -1,5 +1,6 @@
 """Methods of modules that run as one compiled program, also when they are called outside `jax.jit`.
 
+With `each_alone=True`, every device of the mesh in JAX's context runs it on samples of its own (`parallel/samples.py`).
 `nnx.jit` would do, but it returns the module's parameters as well, as if the call had changed them.
 """
 
@@ -9,6 +10,8 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+
+from opensora_jax.parallel import samples
 
 R = TypeVar("R")
 
@@ -20,13 +23,18 @@ def compiled(method: Callable[..., R]) -> Callable[..., R]:
     Inside another `jax.jit` it is a part of that program like any other function.
     """
 
-    @partial(jax.jit, static_argnums=(0, 1))
-    def run(graph: nnx.GraphDef, constants: tuple[tuple[str, Any], ...], params: Any, *arrays: Any) -> R:
-        return method(nnx.merge(graph, params), *arrays, **dict(constants))
+    @partial(jax.jit, static_argnums=(0, 1, 2))
+    def run(
+        graph: nnx.GraphDef, constants: tuple[tuple[str, Any], ...], each_alone: bool, params: Any, *arrays: Any
+    ) -> R:
+        def whole(params: Any, *arrays: Any) -> R:
+            return method(nnx.merge(graph, params), *arrays, **dict(constants))
+
+        return samples.each_alone(whole, params, *arrays) if each_alone else whole(params, *arrays)
 
     @wraps(method)
-    def call(self: nnx.Module, *arrays: Any, **constants: Any) -> R:
+    def call(self: nnx.Module, *arrays: Any, each_alone: bool = False, **constants: Any) -> R:
         graph, params = nnx.split(self)
-        return run(graph, tuple(constants.items()), params, *arrays)
+        return run(graph, tuple(constants.items()), each_alone, params, *arrays)
 
     return call

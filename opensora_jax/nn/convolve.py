@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from opensora_jax.kernels.choice import left_to_compiler
+
 LARGEST_PART = 600_000  # outputs times values under the kernel
 LARGEST_PRODUCT = 4_000_000  # the same, as one product of matrices
 DEEP = 64  # channels from which parts are faster
@@ -48,8 +50,9 @@ def convolve_videos(
 
 
 def on_several_devices(*arrays: Array) -> bool:
-    """Returns whether any of them belongs to a mesh of several devices: its type says so, also while it is traced."""
-    return any(jax.typeof(array).sharding.mesh.size > 1 for array in arrays)
+    """Returns whether the compiler may split any of them over several devices: its type says so, also when traced."""
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    return any(mesh.shape[name] > 1 for mesh in meshes for name in left_to_compiler(mesh))
 
 
 def by_platform(cpu: Run, default: Run, *, cpu_backwards: Run) -> Run:

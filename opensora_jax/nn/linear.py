@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from opensora_jax.kernels.choice import platform
 from opensora_jax.parallel.gather import whole
 
 Init = Callable[[Array, tuple[int, ...], DTypeLike], Array]
@@ -39,8 +40,15 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32), axes=(axes[1],)) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-        y = jnp.dot(x.astype(self.dtype), whole(self.kernel, self.dtype))
+        y = _product(x.astype(self.dtype), whole(self.kernel, self.dtype))
         return y if self.bias is None else y + whole(self.bias, self.dtype)
+
+
+def _product(x: Float[Array, "*B D"], kernel: Float[Array, "D E"]) -> Float[Array, "*B E"]:
+    """Returns `x @ kernel`. On CPUs all rows lie on one axis, or XLA would turn both sides of the kernel's gradient."""
+    if platform() != "cpu":  # TPUs would move rows to join axes that are no multiple of their tiles
+        return jnp.dot(x, kernel)
+    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nnx.Module):

@@ -2,12 +2,13 @@
 
 This approximates the whole: a tile's norms and attention see the tile alone. The tiles are a Python loop, so outside
 `jax.jit` each of them runs by itself, and a compiled function of a tile compiles once per shape of tile, of which an
-axis has one for whole tiles and one or two at its end; inside `jax.jit` the loop is unrolled.
+axis has one for whole tiles and one or two at its end; inside `jax.jit` the loop is unrolled. On a mesh, equal tiles in
+space run beside each other, one on each device.
 Source: hpcaitech/Open-Sora, `opensora/models/hunyuan_vae/autoencoder_kl_causal_3d.py` and
 `opensora/models/dc_ae/models/dc_ae.py`, which follow tiling in diffusers.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -19,7 +20,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-OfTile = Callable[[Array], Array]
+from opensora_jax.parallel.samples import group_of, groups_at_once, one_each
+
+OfTile = Callable[..., Array]  # of a tile; with `each_alone=True`, of tiles of which every device has one
+Place = tuple[int, int]  # of a tile in space
 TIME, ROWS, COLUMNS = 1, 2, 3  # axes of B T H W C
 
 
@@ -56,6 +60,11 @@ class Tiling:
             return [latent_frames]
         starts = range(0, latent_frames - first, span.step)
         return [min(span.tile + first, latent_frames - start) for start in starts]
+
+    def cuts_space(self, rows: int, columns: int) -> bool:
+        """Returns whether a latent of so many rows and columns is larger than a tile in space."""
+        _, *spans = (_Span.of(*axis, encode=False) for axis in _axes(self))
+        return self.use_spatial_tiling and any(n > span.tile for n, span in zip((rows, columns), spans, strict=True))
 
     def _check(self, size: int, stride: int, unit: str) -> None:
         whole = stride * Fraction(self.tile_overlap_factor).limit_denominator(1000).denominator
@@ -143,16 +152,41 @@ def _over_time(x: Array, run: OfTile, span: _Span, first: int) -> Iterator[Array
 def _over_space(x: Array, run: OfTile, rows: _Span, columns: _Span) -> Array:
     """A tile is blended with the one above, then with the one on its left, both blended themselves and uncropped."""
     joins = _Join(ROWS, rows.overlap, rows.keep), _Join(COLUMNS, columns.overlap, columns.keep)
+    tops, starts = range(0, x.shape[ROWS], rows.step), range(0, x.shape[COLUMNS], columns.step)
+    tiles = _tiles(x, run, (rows.tile, columns.tile), [(top, start) for top in tops for start in starts])
     bands: list[Array] = []
     above: dict[int, Array] = {}
-    for top in range(0, x.shape[ROWS], rows.step):
+    for _ in tops:
         band, left = [], None
-        for start in range(0, x.shape[COLUMNS], columns.step):
-            tile = run(_cut(x, {ROWS: (top, rows.tile), COLUMNS: (start, columns.tile)}))
-            part, (above[start], left) = _joined(tile, (above.get(start), left), joins)
+        for start in starts:
+            part, (above[start], left) = _joined(next(tiles), (above.get(start), left), joins)
             band.append(part)
         bands.append(jnp.concatenate(band, COLUMNS))
     return jnp.concatenate(bands, ROWS)
+
+
+def _tiles(x: Array, run: OfTile, size: Place, places: Sequence[Place]) -> Iterator[Array]:
+    """Yields what the tiles at `places` give, in their order; several devices take equal tiles at once."""
+
+    def cut(place: Place) -> Array:
+        return _cut(x, dict(zip((ROWS, COLUMNS), zip(place, size, strict=True), strict=True)))
+
+    at_once = groups_at_once(len(x))
+    if at_once == 1:
+        yield from (run(cut(place)) for place in places)
+        return
+    equal: dict[Place, list[Place]] = {}
+    for place in places:
+        shape = min(size[0], x.shape[ROWS] - place[0]), min(size[1], x.shape[COLUMNS] - place[1])
+        equal.setdefault(shape, []).append(place)
+    done: dict[Place, Array] = {}
+    for alike in equal.values():
+        for first in range(0, len(alike), at_once):
+            some = alike[first : first + at_once]
+            filled = [*some, *some[-1:] * (at_once - len(some))]
+            found = run(one_each(list(map(cut, filled))), each_alone=True)
+            done |= {place: group_of(found, number, len(x)) for number, place in enumerate(some)}
+    yield from (done.pop(place) for place in places)
 
 
 def _cut(x: Array, tiles: dict[int, tuple[int, int]]) -> Array:

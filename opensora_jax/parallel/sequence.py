@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec, get_abstract_mesh
+from jax.sharding import AbstractMesh, PartitionSpec, get_abstract_mesh
 from jaxtyping import Float
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.kernels.attention import attention
+from opensora_jax.kernels.choice import left_to_compiler
 from opensora_jax.parallel.gather import split_module
 from opensora_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, check_heads, data_shards, token_axis
 from opensora_jax.parallel.ring import ring_attention
@@ -75,7 +76,7 @@ def attend(q: Heads, k: Heads, v: Heads, shared: SharedTokens | None) -> Heads:
         return method(q, k, v)
     heads = PartitionSpec(None, None, "tensor") if q.shape[2] % mesh.shape["tensor"] == 0 else PartitionSpec()
     # kernels run where no axis is left to the compiler, not even one of a single device
-    left = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual}
+    left = left_to_compiler(mesh)
     return jax.shard_map(method, in_specs=(heads,) * 3, out_specs=heads, axis_names=left, check_vma=False)(q, k, v)
 
 

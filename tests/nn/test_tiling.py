@@ -10,6 +10,7 @@ import pytest
 from einops import reduce
 
 from opensora_jax.nn.tiling import Tiling, tiled_decode, tiled_encode
+from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 
 K, S = 2, 3  # strides
 TILING = Tiling(
@@ -77,6 +78,24 @@ def test_tiles_overlap_and_shrink_at_the_border():
     assert tiles == [(33, rows, columns) for rows in (12, 6) for columns in (12, 12, 6)]
     time = replace(TILING, use_spatial_tiling=False)
     assert seen(tiled_decode, time, random(1, 17, 5, 7, 1), decoder(True)) == [(9, 5, 7), (9, 5, 7), (5, 5, 7)]
+
+
+@pytest.mark.parametrize(("batch", "runs"), [(1, 5), (2, 6), (3, 16)])
+def test_devices_take_equal_tiles_at_once(batch, runs):
+    """Of 3 x 3 whole tiles, 3 short ones, 3 narrow ones and 1 that is both; 8 devices do not divide by 3 videos."""
+    tiling, latent = replace(TILING, use_temporal_tiling=False), random(batch, 3, 11, 11, 2)
+    shapes = []
+
+    def decode(tiles, *, each_alone=False):
+        assert each_alone == (batch < 3)
+        shapes.append(tiles.shape)
+        return decoder(True)(tiles)
+
+    with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 2))):
+        found = tiled_decode(tiling, latent, decode)
+    np.testing.assert_array_equal(found, tiled_decode(tiling, latent, decoder(True)))
+    assert len(shapes) == runs
+    assert {shape[0] for shape in shapes} == ({8} if batch < 3 else {3})
 
 
 def test_a_causal_tile_whose_only_frame_would_be_dropped_is_not_computed():

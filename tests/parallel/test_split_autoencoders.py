@@ -1,5 +1,6 @@
 """Every autoencoder split over devices gives what one device gives, and no activation is ever gathered."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -58,6 +59,32 @@ def test_a_split_autoencoder_gives_what_one_device_gives(kind, split):
     assert found.sharding.shard_shape(found.shape) == sharding.shard_shape(expected.shape)
     assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 1  # bytes, which may round either way
     close(model.decode(jax.device_put(latents, sharding)), model.decode(latents))
+
+
+@pytest.mark.usefixtures("fast_forms")
+@pytest.mark.parametrize(("kind", "batch"), [("hunyuan_vae", 1), ("dc_ae", 2)])
+def test_devices_that_take_a_tile_each_give_what_one_device_gives(kind, batch):
+    tile = 4 * CONFIGS[kind].tiling.strides[1]
+    size = {"sample_size": tile} if kind == "hunyuan_vae" else {"spatial_tile_size": tile}
+    config = replace(CONFIGS[kind], use_spatial_tiling=True, **size)
+    model = module_of(kind)(config, rngs=nnx.Rngs(0))
+    rows, columns = (side * model.strides[1] for side in (6, 4))
+    video = np.asarray(jax.random.uniform(jax.random.key(0), (batch, FRAMES[kind], rows, columns, 3), minval=-1))
+    alone, together = Codec(model, one_device()), Codec(model, make_mesh(MeshConfig(2, 1, 2, 2)))
+    latents = alone.encode(video)
+    found = together.encode(video)
+    assert len({str(shard.index) for shard in found.addressable_shards}) == batch  # a part of a video nowhere
+    close(found, latents)
+    found, expected = (codec.decode(latents, FRAMES[kind]) for codec in (together, alone))
+    assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 1
+
+
+def test_tiles_of_a_device_each_need_no_other_device():
+    graph, params = nnx.split(nnx.eval_shape(lambda: module_of(WIDE)(CONFIGS[WIDE], rngs=nnx.Rngs(0))))
+    with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 2))):
+        run = jax.jit(lambda params, z: nnx.merge(graph, params).reconstruct(z, each_alone=True))
+        text = run.lower(params, jax.ShapeDtypeStruct((8, 2, 4, 4, 2), jnp.float32)).compile().as_text()
+    assert not re.search("all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", text)
 
 
 @pytest.mark.usefixtures("fast_forms")
