@@ -2,8 +2,8 @@
 
     python -m opensora_jax.sample --config=configs/diffusion/inference/768px.py --prompt="raining, sea"
 
-Hardware: attention over 76,544 tokens is written out today, so this size waits for the attention kernels
-(docs/sample.md); fewer frames fit sooner (`--config.sampling_option.num_frames=1`).
+Hardware: as 256px.py; a video is 76,544 tokens, which devices that hold all weights share with `mesh.tensor=1` and
+`mesh.seq=...` (docs/sample.md).
 Weights: as 256px.py. Source: hpcaitech/Open-Sora, `configs/diffusion/inference/768px.py`.
 """
 
