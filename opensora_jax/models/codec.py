@@ -119,9 +119,9 @@ class Codec:
 def sharding(autoencoder: Any, mesh: Mesh, batch: int, rows: int, columns: int) -> NamedSharding:
     """Returns how an autoencoder takes videos whose latents have so many rows and columns: see the top of the file."""
     tiling = getattr(autoencoder, "tiling", None)
-    with jax.set_mesh(mesh):
-        shares_tiles = tiling is not None and tiling.cuts_space(rows, columns) and groups_at_once(batch) > 1
-    return group_sharding(mesh, batch) if shares_tiles else video_sharding(mesh, batch, rows, columns)
+    if tiling is not None and tiling.cuts_space(rows, columns) and groups_at_once(mesh, batch) > 1:
+        return group_sharding(mesh, batch)
+    return video_sharding(mesh, batch, rows, columns)
 
 
 @jax.jit

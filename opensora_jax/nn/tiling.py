@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import get_abstract_mesh
 from jaxtyping import Float
 
 from opensora_jax.parallel.samples import group_of, groups_at_once, one_each
@@ -171,7 +172,7 @@ def _tiles(x: Array, run: OfTile, size: Place, places: Sequence[Place]) -> Itera
     def cut(place: Place) -> Array:
         return _cut(x, dict(zip((ROWS, COLUMNS), zip(place, size, strict=True), strict=True)))
 
-    at_once = groups_at_once(len(x))
+    at_once = groups_at_once(get_abstract_mesh(), len(x))
     if at_once == 1:
         yield from (run(cut(place)) for place in places)
         return

@@ -1,6 +1,6 @@
 """Samples that know nothing of each other, such as tiles of a video: every device works on its own, with all weights.
 
-The mesh is that of JAX's context (`jax.set_mesh`). Without one, nothing is split.
+Where none is given, the mesh is that of JAX's context (`jax.set_mesh`).
 """
 
 from collections.abc import Callable
@@ -16,10 +16,9 @@ from jaxtyping import Shaped
 R = TypeVar("R")
 
 
-def groups_at_once(size: int) -> int:
+def groups_at_once(mesh: Mesh | AbstractMesh, size: int) -> int:
     """Returns how many groups of so many samples give every device one; 1 if the devices cannot share them out."""
-    devices = get_abstract_mesh().size  # 0 without a mesh
-    return devices // size if devices and devices % size == 0 else 1
+    return mesh.size // size if mesh.size and mesh.size % size == 0 else 1  # that of no mesh is 0
 
 
 def group_sharding(mesh: Mesh, size: int) -> NamedSharding:
