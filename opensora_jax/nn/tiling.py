@@ -184,8 +184,8 @@ def _tiles(x: Array, run: OfTile, size: Place, places: Sequence[Place]) -> Itera
     for alike in equal.values():
         for first in range(0, len(alike), at_once):
             some = alike[first : first + at_once]
-            filled = [*some, *some[-1:] * (at_once - len(some))]
-            found = run(one_each(list(map(cut, filled))), each_alone=True)
+            tiles = list(map(cut, some))
+            found = run(one_each(tiles + tiles[-1:] * (at_once - len(tiles))), each_alone=True)
             done |= {place: group_of(found, number, len(x)) for number, place in enumerate(some)}
     yield from (done.pop(place) for place in places)
 
