@@ -5,6 +5,7 @@ Methods run outside `jax.jit`: networks compile their own parts, and tiles, wher
 among the devices, each of which takes whole ones.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ class Codec:
         """
         pixels = self._pixels(video)
         if keys is None:
-            with jax.set_mesh(self.mesh):
+            with self._sharing(pixels):
                 return self.autoencoder.encode(pixels)
         return jax.vmap(lambda clip, key: self.autoencoder.encode(clip[None], key)[0])(pixels, keys)
 
@@ -78,7 +79,7 @@ class Codec:
     def moments(self, video: Video) -> tuple[Float[Array, "B t h w Z"], Float[Array, "B t h w Z"]]:
         """Returns mean and variance of the unscaled latent; of an autoencoder without a posterior the latent and 0."""
         pixels = self._pixels(video)
-        with jax.set_mesh(self.mesh):
+        with self._sharing(pixels):
             if not hasattr(self.autoencoder, "posterior"):
                 latent = self.autoencoder.unscaled(pixels)
                 return latent, jnp.zeros_like(latent)
@@ -91,13 +92,17 @@ class Codec:
             raise UserError(f"There is nothing to decode: got {batch} latents of {latent_frames} frames.")
         latents = self._spread(latents, batch, rows, columns)
         asks = getattr(self.autoencoder, "is_decoded_to_frames", False)
-        with jax.set_mesh(self.mesh):
+        with self._sharing(latents):
             video = self.autoencoder.decode(latents, frames=frames) if asks else self.autoencoder.decode(latents)
         if video.shape[1] < frames:
             raise UserError(
                 f"{latent_frames} latent frames are decoded to {video.shape[1]} frames: {frames} were asked for."
             )
         return video
+
+    def _sharing(self, videos: Array) -> AbstractContextManager[Any]:
+        """Returns the context in which tiles find the mesh; shapes, where these alone are asked for, are the same."""
+        return nullcontext() if isinstance(videos, jax.core.Tracer) else jax.set_mesh(self.mesh)
 
     def _pixels(self, video: Video) -> Float[Array, "B T H W 3"]:
         batch, frames, height, width, _ = video.shape
