@@ -40,6 +40,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep_n_latest: int, keep_every: int = 0, *, goes_on: bool = False):
         self.folder = (workdir / "checkpoints").absolute()
         self._goes_on = goes_on and jax.process_count() == 1
+        self._cut_short: set[Path] = set()  # what refused saves had written
         kept: list[Any] = [preservation_policy.LatestN(keep_n_latest)]
         kept += [preservation_policy.EveryNSteps(keep_every)] if keep_every else []
         self._manager = ocp.CheckpointManager(
@@ -100,6 +101,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
             finally:
                 self._manager.close()
+                self._remove_cut_short()  # threads of a refused save may have written on while it was removed
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
@@ -113,10 +115,14 @@ class Checkpoints:
             reason = explain(error)
             if reason is None:
                 raise
-            for cut_short in self.folder.glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(cut_short, ignore_errors=True)
+            self._cut_short |= set(self.folder.glob("*.orbax-checkpoint-tmp"))
+            self._remove_cut_short()
             left = "no checkpoint yet" if self.latest_step is None else f"the checkpoint of step {self.latest_step}"
             message = f"{reason}; {self.folder} keeps {left}"
             if not self._goes_on:
                 raise UserError(f"{message}, where the same command continues") from error
             logging.warning("%s; training goes on", message)
+
+    def _remove_cut_short(self) -> None:
+        for folder in self._cut_short:
+            shutil.rmtree(folder, ignore_errors=True)
