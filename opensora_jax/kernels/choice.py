@@ -42,8 +42,7 @@ def choose_kernel(channels: int) -> Choice:
     """Returns the backend for many logits of heads of so many channels."""
     if channels > MOST_CHANNELS:
         return Choice("chunked", f"flash kernels take head sizes up to {MOST_CHANNELS}, not {channels}")
-    mesh = jax.sharding.get_abstract_mesh()
-    if any(mesh.shape[name] > 1 for name in left_to_compiler(mesh)):
+    if is_split(jax.sharding.get_abstract_mesh()):
         return Choice("chunked", "the compiler cannot split a kernel over devices: call it inside shard_map")
     return Choice("flash", "there are many logits")
 
@@ -51,6 +50,11 @@ def choose_kernel(channels: int) -> Choice:
 def left_to_compiler(mesh: AbstractMesh) -> set[str]:
     """Returns the axes over which the compiler splits arrays: those that no `shard_map` around has taken."""
     return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual}
+
+
+def is_split(mesh: AbstractMesh) -> bool:
+    """Returns whether the compiler splits arrays over several devices."""
+    return any(mesh.shape[name] > 1 for name in left_to_compiler(mesh))
 
 
 def platform() -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from opensora_jax.kernels.choice import left_to_compiler
+from opensora_jax.kernels.choice import is_split
 
 LARGEST_PART = 600_000  # outputs times values under the kernel
 LARGEST_PRODUCT = 4_000_000  # the same, as one product of matrices
@@ -51,8 +51,7 @@ def convolve_videos(
 
 def on_several_devices(*arrays: Array) -> bool:
     """Returns whether the compiler may split any of them over several devices: its type says so, also when traced."""
-    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
-    return any(mesh.shape[name] > 1 for mesh in meshes for name in left_to_compiler(mesh))
+    return any(is_split(jax.typeof(array).sharding.mesh) for array in arrays)
 
 
 def by_platform(cpu: Run, default: Run, *, cpu_backwards: Run) -> Run:

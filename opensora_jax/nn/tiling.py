@@ -24,7 +24,7 @@ from jaxtyping import Float
 from opensora_jax.parallel.samples import group_of, groups_at_once, one_each
 
 OfTile = Callable[..., Array]  # of a tile; with `each_alone=True`, of tiles of which every device has one
-Place = tuple[int, int]  # of a tile in space
+Tile = dict[int, tuple[int, int]]  # axis -> (start, size)
 TIME, ROWS, COLUMNS = 1, 2, 3  # axes of B T H W C
 
 
@@ -62,9 +62,9 @@ class Tiling:
         starts = range(0, latent_frames - first, span.step)
         return [min(span.tile + first, latent_frames - start) for start in starts]
 
-    def cuts_space(self, rows: int, columns: int) -> bool:
-        """Returns whether a latent of so many rows and columns is larger than a tile in space."""
-        _, *spans = (_Span.of(*axis, encode=False) for axis in _axes(self))
+    def cuts_space(self, rows: int, columns: int, *, encode: bool = False) -> bool:
+        """Returns whether a latent (to encode: a video) of so many rows and columns is larger than a tile in space."""
+        _, *spans = (_Span.of(*axis, encode=encode) for axis in _axes(self))
         return self.use_spatial_tiling and any(n > span.tile for n, span in zip((rows, columns), spans, strict=True))
 
     def _check(self, size: int, stride: int, unit: str) -> None:
@@ -128,7 +128,7 @@ def _parts(tiling: Tiling, x: Array, run: OfTile, *, encode: bool) -> Iterator[A
     time, rows, columns = (_Span.of(*axis, encode=encode) for axis in _axes(tiling))
 
     def in_space(x: Array) -> Array:
-        if tiling.use_spatial_tiling and (x.shape[ROWS] > rows.tile or x.shape[COLUMNS] > columns.tile):
+        if tiling.cuts_space(x.shape[ROWS], x.shape[COLUMNS], encode=encode):
             return _over_space(x, run, rows, columns)
         return run(x)
 
@@ -154,7 +154,8 @@ def _over_space(x: Array, run: OfTile, rows: _Span, columns: _Span) -> Array:
     """A tile is blended with the one above, then with the one on its left, both blended themselves and uncropped."""
     joins = _Join(ROWS, rows.overlap, rows.keep), _Join(COLUMNS, columns.overlap, columns.keep)
     tops, starts = range(0, x.shape[ROWS], rows.step), range(0, x.shape[COLUMNS], columns.step)
-    tiles = _tiles(x, run, (rows.tile, columns.tile), [(top, start) for top in tops for start in starts])
+    cuts = [{ROWS: (top, rows.tile), COLUMNS: (start, columns.tile)} for top in tops for start in starts]
+    tiles = _tiles(x, run, cuts)
     bands: list[Array] = []
     above: dict[int, Array] = {}
     for _ in tops:
@@ -166,36 +167,34 @@ def _over_space(x: Array, run: OfTile, rows: _Span, columns: _Span) -> Array:
     return jnp.concatenate(bands, ROWS)
 
 
-def _tiles(x: Array, run: OfTile, size: Place, places: Sequence[Place]) -> Iterator[Array]:
-    """Yields what the tiles at `places` give, in their order; several devices take equal tiles at once."""
-
-    def cut(place: Place) -> Array:
-        return _cut(x, dict(zip((ROWS, COLUMNS), zip(place, size, strict=True), strict=True)))
-
+def _tiles(x: Array, run: OfTile, tiles: Sequence[Tile]) -> Iterator[Array]:
+    """Yields what tiles give, in their order; several devices take equal ones at once."""
     at_once = groups_at_once(get_abstract_mesh(), len(x))
     if at_once == 1:
-        yield from (run(cut(place)) for place in places)
+        yield from (run(_cut(x, tile)) for tile in tiles)
         return
-    equal: dict[Place, list[Place]] = {}
-    for place in places:
-        shape = min(size[0], x.shape[ROWS] - place[0]), min(size[1], x.shape[COLUMNS] - place[1])
-        equal.setdefault(shape, []).append(place)
-    done: dict[Place, Array] = {}
+    equal: dict[tuple[int, ...], list[int]] = {}
+    for number, tile in enumerate(tiles):
+        equal.setdefault(_shape(x, tile), []).append(number)
+    done: dict[int, Array] = {}
     for alike in equal.values():
         for first in range(0, len(alike), at_once):
             some = alike[first : first + at_once]
-            tiles = list(map(cut, some))
-            found = run(one_each(tiles + tiles[-1:] * (at_once - len(tiles))), each_alone=True)
-            done |= {place: group_of(found, number, len(x)) for number, place in enumerate(some)}
-    yield from (done.pop(place) for place in places)
+            cut = [_cut(x, tiles[number]) for number in some]
+            found = run(one_each(cut + cut[-1:] * (at_once - len(cut))), each_alone=True)
+            done |= {number: group_of(found, place, len(x)) for place, number in enumerate(some)}
+    yield from (done.pop(number) for number in range(len(tiles)))
 
 
-def _cut(x: Array, tiles: dict[int, tuple[int, int]]) -> Array:
-    """Returns the part of `x` from start, of size or shorter at the border, along each axis."""
-    starts, sizes = [0] * x.ndim, list(x.shape)
-    for axis, (start, size) in tiles.items():
-        starts[axis], sizes[axis] = start, min(size, x.shape[axis] - start)
-    return jax.lax.dynamic_slice(x, starts, sizes)  # one compile for all starts
+def _cut(x: Array, tile: Tile) -> Array:
+    """Returns a tile of `x`."""
+    starts = [tile[axis][0] if axis in tile else 0 for axis in range(x.ndim)]
+    return jax.lax.dynamic_slice(x, starts, _shape(x, tile))  # one compile for all starts
+
+
+def _shape(x: Array, tile: Tile) -> tuple[int, ...]:
+    """Returns the shape of a tile of `x`, which is shorter at the border."""
+    return tuple(min(tile[axis][1], n - tile[axis][0]) if axis in tile else n for axis, n in enumerate(x.shape))
 
 
 class _Join(NamedTuple):
