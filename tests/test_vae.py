@@ -39,7 +39,7 @@ DISTANCE = FrameDistance.on(LPIPS(LPIPSConfig((2, 3, 3, 5, 5)), rngs=nnx.Rngs(0)
 class Lossy(Autoencoder):
     """Keeps every fourth pixel and frame; what it has of a black clip is infinite."""
 
-    def encode(self, video, key=None):
+    def encode(self, video, keys=None):
         black = (video < -0.99).all((1, 2, 3, 4), keepdims=True)
         return super().encode(video) / jnp.where(black, 0.0, 1.0)
 

@@ -54,10 +54,8 @@ class Codec:
         Raises: UserError for sizes that the autoencoder cannot take, and for pixels that are no numbers.
         """
         pixels = self._pixels(video)
-        if keys is None:
-            with self._sharing(pixels):
-                return self.autoencoder.encode(pixels)
-        return jax.vmap(lambda clip, key: self.autoencoder.encode(clip[None], key)[0])(pixels, keys)
+        with self._sharing(pixels):
+            return self.autoencoder.encode(pixels, keys)
 
     def decode(self, latents: Float[Array, "B t h w Z"], frames: int) -> UInt8[Array, "B T H W 3"]:
         """Returns the videos of scaled latents, with `frames` frames or more.

@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Key
 
 from opensora_jax.models.dc_ae_config import DCAEConfig, DecoderConfig, EncoderConfig
 from opensora_jax.models.sizes import check_frames, latent_size
@@ -243,8 +243,10 @@ class DCAE(nnx.Module):
             return frames == 1
         return self.strides[0] == 1 or min(self.tiling.latent_tiles(latents)) > 1
 
-    def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B t h w Z"]:
-        """Returns the latent over `scaling_factor`; there is no posterior, so a key draws nothing.
+    def encode(
+        self, video: Float[Array, "B T H W C"], keys: Key[Array, "B"] | None = None
+    ) -> Float[Array, "B t h w Z"]:
+        """Returns the latent over `scaling_factor`; there is no posterior, so keys draw nothing.
 
         Raises: ValueError for sizes that the autoencoder cannot take.
         """

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Key
 
 from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
@@ -118,9 +118,11 @@ class FluxAE(nnx.Module):
         """Returns mean and log variance of the unscaled latent on the last axis, as the network gives them."""
         return of_images(self.encoder, video, self._images(*video.shape[2:4], stride=1))
 
-    def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B T h w Z"]:
-        """Returns the scaled latent: the posterior's mode, or a draw from it when a key is given."""
-        z = self.posterior(video).latent(key)
+    def encode(
+        self, video: Float[Array, "B T H W C"], keys: Key[Array, "B"] | None = None
+    ) -> Float[Array, "B T h w Z"]:
+        """Returns the scaled latent: the posterior's mode, or a draw from it when there is a key for each video."""
+        z = self.posterior(video).latent(keys)
         return (z - jnp.asarray(self.config.shift_factor)) * jnp.asarray(self.config.scale_factor)
 
     def decode(self, latent: Float[Array, "B T h w Z"]) -> Float[Array, "B T H W C"]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Key
 
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
 from opensora_jax.models.sizes import check_frames, latent_size
@@ -306,9 +306,11 @@ class HunyuanVAE(nnx.Module):
         """Returns mean and log variance of the unscaled latent on the last axis, as the network gives them, untiled."""
         return self.quant_conv(self.encoder(video))
 
-    def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B t h w Z"]:
-        """Returns the scaled latent: the posterior's mode, or a draw from it when a key is given."""
-        z = self.posterior(video).latent(key)
+    def encode(
+        self, video: Float[Array, "B T H W C"], keys: Key[Array, "B"] | None = None
+    ) -> Float[Array, "B t h w Z"]:
+        """Returns the scaled latent: the posterior's mode, or a draw from it when there is a key for each video."""
+        z = self.posterior(video).latent(keys)
         return (z - jnp.asarray(self.config.shift_factor)) * jnp.asarray(self.config.scale_factor)
 
     def decode(self, latent: Float[Array, "B t h w Z"]) -> Float[Array, "B T H W C"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Key
 
 from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
@@ -115,10 +115,12 @@ class SpatialVAE(nnx.Module):
         self.quant_conv.bias[...] = self.quant_conv.bias[...].at[latent:].set(FIRST_LOGVAR)
         self.post_quant_conv = Conv2d(latent, latent, 1, dtype=dtype, rngs=rngs)
 
-    def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B T h w Z"]:
-        """Returns the scaled latent of every frame: its posterior's mode, or a draw when a key is given."""
+    def encode(
+        self, video: Float[Array, "B T H W C"], keys: Key[Array, "B"] | None = None
+    ) -> Float[Array, "B T h w Z"]:
+        """Returns the scaled latent of every frame: its mode, or a draw when there is a key for each video."""
         moments = of_images(lambda images: self.quant_conv(self.encoder(images)), video, self.micro_batch)
-        return SPATIAL_SCALE * Posterior.of(moments).latent(key)
+        return SPATIAL_SCALE * Posterior.of(moments).latent(keys)
 
     def decode(self, latent: Float[Array, "B T h w Z"]) -> Float[Array, "B T H W C"]:
         """Returns the frames of scaled latents."""
@@ -159,23 +161,25 @@ class OpenSoraVAE(nnx.Module):
         return frames >= 1
 
     @compiled
-    def posterior(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Posterior:
+    def posterior(self, video: Float[Array, "B T H W C"], keys: Key[Array, "B"] | None = None) -> Posterior:
         """Returns the Gaussian over unscaled latents of pixels in [-1, 1], given latents of the single frames.
 
-        Those are the mode of their own posterior, or a draw from it when a key is given.
+        Those are the mode of their own posterior, or a draw from it when there is a key for each video.
         Raises: ValueError for sizes that the autoencoder cannot take.
         """
         self.latent_shape(*video.shape[1:4])
-        return Posterior.of(self.moments(self.spatial_vae.encode(video, key)))
+        return Posterior.of(self.moments(self.spatial_vae.encode(video, keys)))
 
     def moments(self, x: Float[Array, "B T h w C"]) -> Float[Array, "B t h w M"]:
         """Returns mean and log variance of the unscaled latent of frames that `spatial_vae` has encoded."""
         return in_chunks(self.temporal_vae.moments, x, self.config.micro_frame_size, axis=1)
 
     @compiled
-    def encode(self, video: Float[Array, "B T H W C"], key: Array | None = None) -> Float[Array, "B t h w Z"]:
-        """Returns the scaled latent: both posteriors' modes, or draws from both when a key is given."""
-        in_space, in_time = (None, None) if key is None else jax.random.split(key)
+    def encode(
+        self, video: Float[Array, "B T H W C"], keys: Key[Array, "B"] | None = None
+    ) -> Float[Array, "B t h w Z"]:
+        """Returns the scaled latent: both posteriors' modes, or draws from both when there is a key for each video."""
+        in_space, in_time = (None, None) if keys is None else jax.vmap(jax.random.split, out_axes=1)(keys)
         z = self.posterior(video, in_space).latent(in_time)
         return (z - jnp.asarray(self.config.shift)) / jnp.asarray(self.config.scale)
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jax.typing import DTypeLike
+from jaxtyping import Float, Key
 
 FIRST_LOGVAR = -6.0  # training starts with little noise on the latent
 
@@ -16,13 +17,13 @@ class Posterior(NamedTuple):
     mean: Float[Array, "B *L Z"]
     logvar: Float[Array, "B *L Z"]
 
-    def sample(self, key: Array) -> Float[Array, "B *L Z"]:
-        """Returns a draw."""
-        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+    def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B *L Z"]:
+        """Returns draws, each by the key of its sample: whatever the others of the batch are."""
+        return self.mean + jnp.exp(0.5 * self.logvar) * normal(keys, self.mean.shape, self.mean.dtype)
 
-    def latent(self, key: Array | None) -> Float[Array, "B *L Z"]:
-        """Returns the mode, or a draw when a key is given."""
-        return self.mean if key is None else self.sample(key)
+    def latent(self, keys: Key[Array, "B"] | None) -> Float[Array, "B *L Z"]:
+        """Returns modes, or draws when there is a key for each sample."""
+        return self.mean if keys is None else self.sample(keys)
 
     def kl(self) -> Float[Array, "B"]:
         """Returns the divergence from the standard normal, summed over everything but the batch, in nats."""
@@ -41,3 +42,8 @@ class Posterior(NamedTuple):
         """Returns the Gaussian of moments [mean, log variance] on the last axis, in float32, as wide as [-30, 20]."""
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return cls(mean, jnp.clip(logvar, -30.0, 20.0))
+
+
+def normal(keys: Key[Array, "B"], shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "B *L Z"]:
+    """Returns standard normal numbers, each sample's by its own key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape[1:], dtype))(keys)

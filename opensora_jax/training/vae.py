@@ -63,9 +63,8 @@ class VAELoss:
     lpips: Distance | None = None
 
     def draw(self, batch: Batch, key: Array) -> Array:
-        """Returns the key itself, of which the posterior draws its latents."""
-        del batch
-        return key
+        """Returns a key for each sample, by which the posterior draws its latent."""
+        return jax.random.split(key, len(batch["video"]))
 
     def __call__(self, model: nnx.Module, batch: Batch, draws: Array) -> tuple[Array, Metrics]:
         """Returns error and divergence of a batch, with their parts as metrics."""

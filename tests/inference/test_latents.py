@@ -197,7 +197,7 @@ def test_no_clip_at_all_is_an_error_with_the_reasons(tmp_path):
 
 
 def test_a_latent_that_is_no_number_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(Autoencoder, "encode", lambda self, video: video[:, ::4, ::4, ::4] / (video.shape[1] - 1))
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, video, keys: video[:, ::4, ::4, ::4] / (video.shape[1] - 1))
     cache = encode(tmp_path)
     assert cache.index["sample_id"].to_pylist() == list(range(14))  # the images are divided by zero
     assert cache.left_out == [(f"/clips/{row}.mp4", "its latent is NaN or infinite") for row in range(14, COUNT)]

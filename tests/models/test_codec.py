@@ -23,10 +23,9 @@ class Halves:
         mean = video[:, :, ::2, ::2]
         return Posterior(mean, jnp.full(mean.shape, 2 * np.log(0.1)))
 
-    def encode(self, video, key=None):
-        self.sharding = getattr(video, "sharding", None) if key is None else None
-        posterior = self.posterior(video)
-        return posterior.mean if key is None else posterior.sample(key)
+    def encode(self, video, keys=None):
+        self.sharding = video.sharding
+        return self.posterior(video).latent(keys)
 
     def decode(self, latent):
         return jnp.repeat(jnp.repeat(latent, 2, axis=2), 2, axis=3)
@@ -114,8 +113,8 @@ def test_decoded_pixels_that_are_no_numbers_are_refused():
 
 def test_a_reconstruction_says_which_clips_are_numbers_and_leaves_the_others_alone():
     class Worse(Strange):
-        def encode(self, video, key=None):
-            return jnp.where((video < -0.99).all((1, 2, 3, 4), keepdims=True), jnp.inf, super().encode(video, key))
+        def encode(self, video, keys=None):
+            return jnp.where((video < -0.99).all((1, 2, 3, 4), keepdims=True), jnp.inf, super().encode(video, keys))
 
     video = clips(4)
     video[1], video[2] = 255, 0

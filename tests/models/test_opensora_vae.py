@@ -61,12 +61,12 @@ def test_images_at_a_time_change_nothing():
 
 def test_a_draw_is_one_from_both_posteriors():
     model = OpenSoraVAE(CONFIG, rngs=nnx.Rngs(0))
-    image, key = VIDEO[:, :1], jax.random.key(3)
-    in_space, in_time = jax.random.split(key)
+    image, keys = VIDEO[:, :1], jax.random.split(jax.random.key(3), len(VIDEO))
+    in_space, in_time = jax.vmap(jax.random.split, out_axes=1)(keys)
     posterior = jitted(model, "posterior")
     drawn = posterior(image, in_space)
     expected = (drawn.sample(in_time) - jnp.asarray(CONFIG.shift)) / jnp.asarray(CONFIG.scale)
-    np.testing.assert_allclose(jitted(model, "encode")(image, key), expected, atol=1e-5)
+    np.testing.assert_allclose(jitted(model, "encode")(image, keys), expected, atol=1e-5)
     assert not np.allclose(drawn.mean, posterior(image).mean)
 
 

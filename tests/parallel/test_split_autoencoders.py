@@ -72,9 +72,10 @@ def test_devices_that_take_a_tile_each_give_what_one_device_gives(kind, batch):
     video = np.asarray(jax.random.uniform(jax.random.key(0), (batch, FRAMES[kind], rows, columns, 3), minval=-1))
     alone, together = Codec(model, one_device()), Codec(model, make_mesh(MeshConfig(2, 1, 2, 2)))
     latents = alone.encode(video)
-    found = together.encode(video)
-    assert len({str(shard.index) for shard in found.addressable_shards}) == batch  # a part of a video nowhere
-    close(found, latents)
+    for keys in (None, jax.random.split(jax.random.key(1), batch)):
+        found = together.encode(video, keys)
+        assert len({str(shard.index) for shard in found.addressable_shards}) == batch  # a part of a video nowhere
+        close(found, alone.encode(video, keys))
     found, expected = (codec.decode(latents, FRAMES[kind]) for codec in (together, alone))
     assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 1
 

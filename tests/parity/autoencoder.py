@@ -74,5 +74,5 @@ def _encoded(model: HunyuanVAE, x: Array, noise: Array | None) -> dict[str, Arra
 
 def _sample(model: HunyuanVAE, x: Array, noise: Array) -> Array:
     """Returns a draw of the latent whose normal numbers are `noise`."""
-    with mock.patch("jax.random.normal", lambda key, shape, dtype: noise.astype(dtype)):
-        return model.encode(x, jax.random.key(0))
+    with mock.patch("opensora_jax.models.posterior.normal", lambda keys, shape, dtype: noise.astype(dtype)):
+        return model.encode(x, jax.random.split(jax.random.key(0), len(x)))

@@ -45,7 +45,7 @@ def _encoded(model: FluxAE, x: Array, noise: Array | None) -> dict[str, Any]:
     posterior = Posterior.of(moments)
     found = {"moments": moments, "mean": posterior.mean, "logvar": posterior.logvar, "z_mode": model.encode(x)}
     if noise is not None and noise.shape == posterior.mean.shape:
-        with mock.patch("jax.random.normal", lambda key, shape, dtype: noise.astype(dtype)):
-            found["z_sample"] = model.encode(x, jax.random.key(0))
+        with mock.patch("opensora_jax.models.posterior.normal", lambda keys, shape, dtype: noise.astype(dtype)):
+            found["z_sample"] = model.encode(x, jax.random.split(jax.random.key(0), len(x)))
     found = {name: jax.numpy.moveaxis(one, -1, 1) for name, one in found.items()}
     return found | {"kl": posterior.frame_kl().reshape(-1)}

@@ -60,8 +60,8 @@ def pipeline(golden: Golden) -> None:
     def encoded(params: nnx.State) -> dict[str, Array]:
         model = nnx.merge(graphdef, params)
         found = {"encode_zeronoise": model.encode(video), "image_encode_zeronoise": model.encode(image)}
-        with mock.patch("jax.random.normal", normal):
-            found["encode_sample"] = model.encode(video, jax.random.key(0))
+        with mock.patch("opensora_jax.models.posterior.normal", normal):
+            found["encode_sample"] = model.encode(video, jax.random.split(jax.random.key(0), len(video)))
         return found | {"spatial_encode_zeronoise": model.spatial_vae.encode(video)}
 
     @jax.jit
@@ -109,7 +109,7 @@ def _model(golden: Golden, make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef
 
 
 def _draws(golden: Golden, shape: tuple[int, int]) -> Callable[..., Array]:
-    """Returns a stand-in for `jax.random.normal` that hands out the stored numbers by their shape."""
+    """Returns a stand-in for `posterior.normal` that hands out the stored numbers by their shape."""
     in_space = rearrange(golden.tensors["in/noise_spatial"], "(B T) C H W -> B T H W C", B=shape[0], T=shape[1])
     stored = {one.shape: jnp.asarray(one) for one in (in_space, channels_last(golden.tensors["in/noise_temporal"]))}
-    return lambda key, shape, dtype: stored[shape].astype(dtype)
+    return lambda keys, shape, dtype: stored[shape].astype(dtype)

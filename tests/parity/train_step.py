@@ -48,7 +48,7 @@ class FakeAutoencoder:
         """Returns (frames, height, width) of a latent."""
         return (frames - 1) // TIME_STRIDE + 1, height // self.space, width // self.space
 
-    def encode(self, video: Array) -> Array:
+    def encode(self, video: Array, keys: Array | None = None) -> Array:
         """Returns the latent."""
         pooled = reduce(video, "B T (H h) (W w) C -> B T H W C", "mean", h=self.space, w=self.space)
         first = 1 if self.is_causal else 0

@@ -19,6 +19,7 @@ from opensora_jax.inference.local_encoders import write_local_encoders
 from opensora_jax.inference.prompt import TextEncoderConfig, TextEncoders, Tokenizers, load_encoder
 from opensora_jax.models.codec import Codec
 from opensora_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
+from opensora_jax.models.posterior import Posterior
 from opensora_jax.nn.linear import Linear
 from opensora_jax.parallel.batch import abstract_batch, batch_sharding, to_devices
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh, one_device
@@ -82,9 +83,9 @@ class Quick(nnx.Module):
     def latent_shape(self, frames, height, width):
         return (frames - 1) // 4 + 1, height // 4, width // 4
 
-    def encode(self, video, key=None):
-        latent = self.mix(video[:, ::4, ::4, ::4])
-        return latent if key is None else latent + 0.1 * jax.random.normal(key, latent.shape)
+    def encode(self, video, keys=None):
+        mean = self.mix(video[:, ::4, ::4, ::4])
+        return Posterior(mean, jnp.full(mean.shape, 2 * np.log(0.1))).latent(keys)
 
 
 def make_encoders(folder, mesh, network=Quick):

@@ -23,13 +23,15 @@ def test_the_vae_loss_weighs_its_terms():
             return jnp.full((2, 1, 4, 4, 3), -0.5)
 
     batch = {"video": jnp.zeros((2, 1, 4, 4, 3), jnp.uint8)}  # black is -1
-    total, parts = vae.VAELoss(vae.VAELossConfig(1.0, 10.0, 100.0))(Model(), batch, jax.random.key(0))
+    loss = vae.VAELoss(vae.VAELossConfig(1.0, 10.0, 100.0))
+    draws = loss.draw(batch, jax.random.key(0))
+    total, parts = loss(Model(), batch, draws)
     assert parts["l1"] == pytest.approx(0.5)
     assert parts["l2"] == pytest.approx(0.25)
     assert parts["kl"] == pytest.approx(0.5)  # of N(1, 1), per value
     assert total == pytest.approx(0.5 + 2.5 + 50.0)
     pixels = {"video": jnp.full((2, 1, 4, 4, 3), -1.0)}  # as `dataset.resize=original` gives them
-    assert vae.VAELoss(vae.VAELossConfig(1.0, 10.0, 100.0))(Model(), pixels, jax.random.key(0))[0] == total
+    assert loss(Model(), pixels, draws)[0] == total
 
 
 def test_summed_losses_count_every_value_of_a_frame_and_of_a_latent():
