@@ -3,7 +3,7 @@
 Prompts come from --prompt (repeatable), --prompts (a text file, one a line) or config.dataset.data_path (a
 table with a `text` column). Each becomes `<index>_<words>.mp4` in config.save_dir, with its record beside it;
 samples.json and contact_sheet.png cover the whole run. Videos that are there already, from the same settings
-and weights, are kept.
+and weights, are kept. On several hosts all run the same command; the first of them writes.
 """
 
 import secrets
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags, logging
 
 from opensora_jax.config.build import build
@@ -27,6 +28,7 @@ from opensora_jax.inference.prompt import TextEncoderConfig, TextEncoders, read_
 from opensora_jax.inference.references import check_references
 from opensora_jax.inference.request import Request, SamplingOption, slug
 from opensora_jax.inference.stage import Network, Stage, image_option
+from opensora_jax.parallel.distributed import DistributedConfig, connect, from_first
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights.pretrained import parse_dtype
 
@@ -60,6 +62,7 @@ class SampleConfig:
     motion_score: str | None
     fps_save: float
     mesh: MeshConfig
+    distributed: DistributedConfig
     model: dict[str, Any]  # type, where its weights are, and the fields of that type
     ae: dict[str, Any]
     t5: TextEncoderConfig
@@ -113,33 +116,40 @@ class Job:
     key: str
 
 
-def main(argv: list[str]) -> Path:
-    """Samples what is missing and returns the folder with everything."""
+def main(argv: list[str]) -> Path | None:
+    """Samples what is missing and returns the folder with everything; None on all hosts but the first."""
     config = build(SampleConfig, flags.FLAGS.config, "config")
+    connect(config.distributed)
     given = flags.FLAGS
     prompts = prompt_list.from_source(given.prompt, given.prompts, config.dataset.data_path, given.ref)
     requests = make_requests(config, prompt_list.select(prompts, config.start_index, config.num_samples))
     check(config, [request for request, _, _ in requests])
     settings = make_settings(config)
     jobs = [Job(r, stem, text, outputs.request_key(r, settings)) for r, stem, text in requests]
-    folder = config.save_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    records, todo = find(folder, jobs, "videos")
+    records, todo = find(config.save_dir, jobs, "videos")
     if todo:
         records |= sample(config, todo)
-    samples = [records[job.stem] for job in jobs]
+    is_first = jax.process_index() == 0
+    if is_first:
+        summarize(config.save_dir, settings, [records[job.stem] for job in jobs])
+        kept = len(jobs) - len(todo)
+        print(f"{config.save_dir}: {len(todo)} new videos, {kept} kept, contact_sheet.png, samples.json")
+    from_first(None)  # the others wait: processes end together
+    return config.save_dir if is_first else None
+
+
+def summarize(folder: Path, settings: dict[str, Any], samples: list[dict]) -> None:
+    """Writes the list of all videos, and a picture of the first of them."""
     write_json(folder / "samples.json", {"settings": settings, "samples": samples})
     shown = samples[:SHEET_VIDEOS]
     videos = [outputs.read(folder / record["file"]) for record in shown]
     write_contact_sheet(folder / "contact_sheet.png", videos, [record["prompt"] for record in shown])
-    print(f"{folder}: {len(todo)} new videos, {len(jobs) - len(todo)} kept, contact_sheet.png, samples.json")
-    return folder
 
 
 def make_requests(config: SampleConfig, prompts: list[prompt_list.Prompt]) -> list[tuple[Request, str, str]]:
     """Returns (request, file stem, prompt as written) of every video; a missing seed is drawn once a run."""
     first = config.sampling_option.seed
-    first = secrets.randbelow(2**31) if first is None else first
+    first = from_first(secrets.randbelow(2**31)) if first is None else first
     requests = []
     for prompt in prompts:
         text = add_fps(prompt.text, f"{config.fps_save:g}") if config.add_fps_to_text else prompt.text
@@ -182,8 +192,8 @@ def make_settings(config: SampleConfig) -> dict[str, Any]:
 
 
 def find(folder: Path, jobs: list[Job], what: str) -> tuple[dict[str, dict], list[Job]]:
-    """Returns the records of the jobs that are done, by stem, and the other jobs."""
-    records = {job.stem: record for job in jobs if (record := outputs.find(folder, job.stem, job.key))}
+    """Returns the records of the jobs that are done, by stem, and the other jobs: what the first host sees."""
+    records = from_first({job.stem: record for job in jobs if (record := outputs.find(folder, job.stem, job.key))})
     todo = [job for job in jobs if job.stem not in records]
     if records:
         logging.info("%d of %d %s are in %s already and are kept", len(records), len(jobs), what, folder)
@@ -215,7 +225,10 @@ def with_images(config: SampleConfig, stage: Stage, jobs: list[Job], encode_text
 
 
 def write(config: SampleConfig, stage: Stage, jobs: list[Job], encode_text: TextEncoder) -> dict[str, dict]:
-    """Writes what a stage makes of `jobs` and returns the records by stem; its networks leave memory again."""
+    """Writes what a stage makes of `jobs` and returns the records by stem; its networks leave memory again.
+
+    The first host writes; the others learn of it when everything is there.
+    """
     sizes = (config.batch_size, config.decode_batch_size)
     pipeline = stage.load(encode_text, make_mesh(config.mesh), parse_dtype(config.dtype), sizes)
     by_request = {job.request: job for job in jobs}
@@ -223,9 +236,11 @@ def write(config: SampleConfig, stage: Stage, jobs: list[Job], encode_text: Text
     for request, frames in pipeline(list(by_request), stage.option, stage.cond_type):
         job = by_request[request]
         record = {"prompt": job.prompt, "text": request.prompt, "index": request.index, "seed": request.seed}
-        record = outputs.save(config.save_dir, job.stem, frames, config.fps_save, record | {"key": job.key})
+        if jax.process_index() == 0:
+            config.save_dir.mkdir(parents=True, exist_ok=True)
+            record = outputs.save(config.save_dir, job.stem, frames, config.fps_save, record | {"key": job.key})
         records[job.stem] = record
-    return records
+    return from_first(records)
 
 
 def define_flags() -> None:

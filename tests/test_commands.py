@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -315,11 +316,16 @@ def get_config():
 """
 
 
-def test_a_video_begins_with_an_image_that_a_second_run_keeps(world, command, tmp_path):
-    (tmp_path / "t2i2v.py").write_text(T2I2V)
-    flags = [f"--config={tmp_path}/t2i2v.py", *sample_flags(world, f"--config.save_dir={tmp_path}/out", PROMPT)[1:]]
+def t2i2v_flags(world: Path, folder: Path) -> list[str]:
+    """Returns the arguments of sample for an image of each prompt and then a video that begins with it."""
+    (folder / "t2i2v.py").write_text(T2I2V)
+    flags = [f"--config={folder}/t2i2v.py", *sample_flags(world, f"--config.save_dir={folder}/out", PROMPT)[1:]]
     flags += setting("img_flux", *DENOISER, f"from_pretrained={world}/diffusion")
-    flags += setting("img_flux_ae", *AUTOENCODER, f"from_pretrained={world}/vae")
+    return flags + setting("img_flux_ae", *AUTOENCODER, f"from_pretrained={world}/vae")
+
+
+def test_a_video_begins_with_an_image_that_a_second_run_keeps(world, command, tmp_path):
+    flags = t2i2v_flags(world, tmp_path)
     log = command("sample", *flags).stderr
     assert "2 forward passes for 2 steps of t2v" in log  # distilled: one a step
     assert "6 forward passes for 2 steps of i2v_head" in log
@@ -328,6 +334,35 @@ def test_a_video_begins_with_an_image_that_a_second_run_keeps(world, command, tm
     log = command("sample", *flags, "--config.fps_save=4").stderr
     assert "1 of 1 images are in" in log
     assert "of t2v" not in log
+
+
+def test_two_processes_sample_what_one_does(world, command, tmp_path):
+    flags = [*t2i2v_flags(world, tmp_path), "--prompt=a blue square"]
+    command("sample", *flags)
+    flags += [f"--config.save_dir={tmp_path}/two", *setting("mesh", "data=2", "fsdp=1", "seq=1", "tensor=2")]
+    printed = together("sample", *flags)
+    assert "2 new videos, 0 kept" in printed[0]
+    assert "new videos" not in printed[1]
+    for name in "0000_a-red-circle_image.png", "0000_a-red-circle.mp4", "0001_a-blue-square.mp4":
+        one, two = (outputs.read(tmp_path / folder / name).astype(int) for folder in ("out", "two"))
+        assert np.abs(one - two).mean() < 0.5, name
+    assert (tmp_path / "two" / "runs.jsonl").read_text().count("\n") == 1
+
+
+def together(name: str, *arguments: str, processes: int = 2) -> list[str]:
+    """Runs a command in processes of two devices each that find each other; returns what each printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = [f"coordinator_address=localhost:{port}", f"num_processes={processes}"]
+    line, started = [sys.executable, "-m", f"opensora_jax.{name}", *arguments], []
+    for number in range(processes):
+        many = setting("distributed", *shared, f"process_id={number}")
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(line + many, cwd=ROOT, env=ENVIRONMENT | cpu_devices(2), **pipes))
+    printed = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, printed
+    return printed
 
 
 def kill_at(step: int, name: str, workdir: Path, *arguments: str) -> None:

@@ -16,7 +16,7 @@ from absl import logging
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
@@ -65,7 +65,8 @@ class Pipeline:
         passes = count_passes(_plan(option, cond_type, shape[0]))
         logging.info("%d forward passes for %d steps of %s", passes, option.num_steps, cond_type)
         batches = list(_batches(requests, self.batch_size))
-        with tqdm(total=len(batches) * option.num_steps, desc="sample", unit="step") as bar:
+        steps, is_first = len(batches) * option.num_steps, jax.process_index() == 0
+        with tqdm(total=steps, desc="sample", unit="step", disable=not is_first) as bar:
             for batch, wanted in batches:
                 noise = draw_noise(batch, shape, self.autoencoder.latent_channels)
                 references = self._references(batch, option, cond_type)
@@ -132,8 +133,9 @@ class Pipeline:
         for start in range(0, len(latents), size):
             chunk = latents[start : start + size]
             padded = jnp.concatenate([chunk, jnp.repeat(chunk[-1:], size - len(chunk), axis=0)])
-            for video in to_host(self._codec.decode(padded, num_frames))[: len(chunk)]:
-                yield trim(video, num_frames, cond_type, self.autoencoder)
+            videos = self._codec.decode(padded, num_frames)
+            for number in range(len(chunk)):  # one by one: a chunk of a pod may be more than a device has room for
+                yield trim(to_host(_one(videos, number)), num_frames, cond_type, self.autoencoder)
 
 
 def check_batch_sizes(mesh: Mesh, batch_size: int, decode_batch_size: int) -> None:
@@ -200,6 +202,11 @@ def _batches(requests: Sequence[Request], size: int) -> Iterator[tuple[list[Requ
     for start in range(0, len(requests), size):
         batch = list(requests[start : start + size])
         yield batch + batch[-1:] * (size - len(batch)), len(batch)
+
+
+@jax.jit
+def _one(videos: UInt8[Array, "B T H W 3"], number: Int[Array, ""] | int) -> UInt8[Array, "T H W 3"]:
+    return videos[number]
 
 
 def _count(bar: tqdm, steps: Iterable) -> Iterator:

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from opensora_jax.config.errors import UserError
 from opensora_jax.models.clip import CLIPTextConfig
 from opensora_jax.models.t5 import T5Config
+from opensora_jax.parallel.batch import to_host
 from opensora_jax.parallel.mesh import one_device
 from opensora_jax.parallel.rules import param_shardings
 from opensora_jax.weights.files import open_checkpoint, read_config
@@ -102,7 +103,7 @@ class TextEncoder:
         ids = self.tokenizer(texts)
         padded = np.resize(ids, (-(-len(ids) // batch_size) * batch_size, ids.shape[1]))
         batches = jnp.split(jnp.asarray(padded), len(padded) // batch_size)
-        return np.concatenate([self.forward(self.params, batch) for batch in batches])[: len(ids)]
+        return np.concatenate([to_host(self.forward(self.params, batch)) for batch in batches])[: len(ids)]
 
 
 class TextEncoders:

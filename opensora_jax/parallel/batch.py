@@ -60,8 +60,8 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
 
 
 def to_host(array: Array) -> np.ndarray:
-    """Returns all of a global array in the memory of every process, which all call this."""
-    if jax.process_count() == 1:
+    """Returns all of an array in the memory of every process, which all call this if the array is global."""
+    if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 

@@ -51,6 +51,11 @@ def get_config() -> ConfigDict:
             "motion_score": "4",
             "fps_save": 24.0,
             "mesh": {"data": 1, "fsdp": 1, "seq": 1, "tensor": -1, "seq_method": "ulysses"},
+            "distributed": {  # process 0's host:port, the number of processes, this one's; None: ask the cluster
+                "coordinator_address": placeholder(str),
+                "num_processes": placeholder(int),
+                "process_id": placeholder(int),
+            },
             "model": {
                 "type": "mmdit",
                 "from_pretrained": folder + "/Open_Sora_v2.safetensors",

@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
             "motion_score": placeholder(str),
             "fps_save": 8.0,
             "mesh": {"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "seq_method": "ulysses"},
+            "distributed": trained.distributed,
             "model": trained.model.to_dict() | {"from_pretrained": folder + "/diffusion", "adapter": placeholder(str)},
             "ae": trained.ae,
             "t5": trained.t5,
