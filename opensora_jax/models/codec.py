@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Bool, Float, Key, UInt8
+from jaxtyping import Bool, Float, Int, Key, UInt8
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.parallel.batch import video_sharding
+from opensora_jax.parallel.batch import to_host, video_sharding
 from opensora_jax.parallel.samples import group_sharding, groups_at_once
 
 Bytes = UInt8[Array, "B T H W 3"] | UInt8[np.ndarray, "B T H W 3"]
@@ -130,13 +130,18 @@ def sharding(autoencoder: Any, mesh: Mesh, batch: int, rows: int, columns: int) 
 @jax.jit
 def are_finite(batch: Float[Array, "B ..."]) -> Bool[Array, "B"]:
     """Returns for each sample of a batch whether all its values are numbers."""
-    return jnp.isfinite(batch).reshape(len(batch), -1).all(1)
+    return jnp.isfinite(batch).all(range(1, batch.ndim))  # a reshape would gather what is split in space
 
 
-def _check_finite(array: Array, what: str) -> None:
+@jax.jit
+def _bad_values(array: Float[Array, "B T ..."]) -> Int[Array, "B T"]:
+    """Returns how many values of each frame are no numbers; those of a whole batch could be more than 32 bits count."""
+    return (~jnp.isfinite(array)).sum(range(2, array.ndim))
+
+
+def _check_finite(array: Float[Array, "B T ..."], what: str) -> None:
     """Raises: UserError naming how many values are no numbers: they would spread over all that is made of them."""
-    bad = int(array.size - jnp.isfinite(array).sum())
-    if bad:
+    if bad := int(to_host(_bad_values(array)).sum()):
         raise UserError(
             f"{bad} of {array.size} {what} are NaN or infinite: look for where they come from, or use float32."
         )
