@@ -24,6 +24,7 @@ class Chip:
     memory_gib: float  # of a device
     hbm_gbps: float | int
     link_gbps: float | int  # of a link in one direction; of a GPU all its NVLinks together
+    host_gbps: float | int  # between a device and its host, either way
     torus: int  # dimensions of the network; 0: GPUs behind a switch
     wraps: int  # a dimension whose length is a multiple of this is a ring
     largest: int  # chips in a slice
@@ -52,16 +53,16 @@ class Chip:
         return not self.torus
 
 
-# name, kind, devices, GiB of each, HBM GB/s, link GB/s, torus, wraps, largest, GHz
+# name, kind, devices, GiB of each, HBM GB/s, link GB/s, host GB/s, torus, wraps, largest, GHz
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 1, 30.75, 1228, 50, 3, 4, 4096, 1.05),
-        Chip("v5e", "TPU v5 lite", 1, 15.75, 819, 50, 2, 16, 256, 1.5),
-        Chip("v5p", "TPU v5", 1, 95.74, 2765, 100, 3, 4, 6144, 1.75),
-        Chip("v6e", "TPU v6 lite", 1, 31.25, 1638, 100, 2, 16, 256, 1.75),
-        Chip("tpu7x", "TPU7x", 2, 94.75, 7380, 100, 3, 4, 9216, 2.2),
-        Chip("h100", "NVIDIA H100 80GB HBM3", 1, 79.6, 3350, 450, 0, 0, 16384, node=8, network_gbps=50),
-        Chip("h200", "NVIDIA H200", 1, 139.8, 4800, 450, 0, 0, 16384, node=8, network_gbps=50),
+        Chip("v4", "TPU v4", 1, 30.75, 1228, 50, 16, 3, 4, 4096, 1.05),
+        Chip("v5e", "TPU v5 lite", 1, 15.75, 819, 50, 16, 2, 16, 256, 1.5),
+        Chip("v5p", "TPU v5", 1, 95.74, 2765, 100, 16, 3, 4, 6144, 1.75),
+        Chip("v6e", "TPU v6 lite", 1, 31.25, 1638, 100, 32, 2, 16, 256, 1.75),
+        Chip("tpu7x", "TPU7x", 2, 94.75, 7380, 100, 16, 3, 4, 9216, 2.2),
+        Chip("h100", "NVIDIA H100 80GB HBM3", 1, 79.6, 3350, 450, 55, 0, 0, 16384, node=8, network_gbps=50),
+        Chip("h200", "NVIDIA H200", 1, 139.8, 4800, 450, 55, 0, 0, 16384, node=8, network_gbps=50),
     )
 }

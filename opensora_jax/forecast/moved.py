@@ -5,7 +5,7 @@ Source: the rules of openxla/xla, `xla/service/hlo_cost_analysis.cc` (fusions).
 
 import re
 
-from opensora_jax.forecast.hlo import SCRATCH, Instruction, Module, shape_bytes
+from opensora_jax.forecast.hlo import HOST, SCRATCH, Instruction, Module, shape_bytes
 
 SLICES = ("dynamic-slice", "slice", "gather")
 VIEWS = ("bitcast", "get-tuple-element", "reshape")
@@ -28,6 +28,11 @@ def moved_bytes(module: Module, one: Instruction, operands: list[Instruction]) -
 def in_memory(shape: str) -> int:
     """Returns the bytes of the arrays of a shape that lie in a device's memory, and not in its core's."""
     return sum(shape_bytes(array) for array in _ARRAY.findall(shape) if SCRATCH not in array)
+
+
+def device_bytes(shape: str) -> int:
+    """Returns the bytes of the arrays of a shape that lie on the device: what a copy to the host or back moves."""
+    return sum(shape_bytes(array) for array in _ARRAY.findall(shape) if HOST not in array)
 
 
 def _read(module: Module, computation: str, place: int) -> int:

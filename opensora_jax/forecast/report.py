@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from opensora_jax.forecast.estimate import Forecast
 from opensora_jax.forecast.jobs import Group, Wanted
-from opensora_jax.forecast.timeline import HOST_GBPS, Assumptions
+from opensora_jax.forecast.timeline import Assumptions
 from opensora_jax.forecast.topology import Topology
 from opensora_jax.forecast.traffic import HOP_SECONDS
 from opensora_jax.forecast.work import Failure
@@ -131,7 +131,7 @@ def assumptions(topology: Topology, assumed: Assumptions) -> list[str]:
     return [
         f"Assumed: {compute}; links reach {assumed.link_efficiency:.0%} of {chip.link_gbps:.0f} GB/s, each way, and a "
         f"hop takes {HOP_SECONDS * 1e6:.0f} us; collectives run one after the other, beside arithmetic only where the "
-        f"compiler starts them early; the host's memory is reached at {HOST_GBPS:.0f} GB/s. Nothing was measured."
+        f"compiler starts them early; the host's memory is reached at {chip.host_gbps:.0f} GB/s. Nothing was measured."
     ]
 
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from opensora_jax.forecast.chips import Chip
 from opensora_jax.forecast.hlo import COLLECTIVES, HOST, PRODUCTS, Instruction, Module, fused
-from opensora_jax.forecast.moved import moved_bytes
+from opensora_jax.forecast.moved import device_bytes, moved_bytes
 from opensora_jax.forecast.traffic import Collective, Network, axes_of, read_collective
 
-HOST_GBPS = 16.0  # between a chip and its host, either way
+COPIES = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")  # between memories
 FREE = {  # neither arithmetic nor memory
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all"),
     *("opt-barrier", "domain", "iota"),
@@ -120,13 +120,15 @@ class _Walk:
         self.instructions = timeline.module[computation]
         self.by_name = {one.name: one for one in self.instructions}
         self.pending: dict[str, float] = {}  # what runs beside: its name and when it ends
+        self.copied: dict[str, float] = {}  # the same of copies to the host and from it
         self.chains = self._chains()
 
     def run(self) -> Span:
         for place, one in enumerate(self.instructions):
             self._step(place, one)
-        for end in self.pending.values():
-            self._wait(end, "exposed")
+        for ends, part in (self.pending, "exposed"), (self.copied, "host"):
+            for end in ends.values():
+                self._wait(end, part)
         return self.span
 
     def _step(self, place: int, one: Instruction) -> None:
@@ -145,10 +147,11 @@ class _Walk:
             self._wait(self._send(self._read(one), overlapped=False), "exposed")
         elif one.opcode.removesuffix("-start") in COLLECTIVES:
             self.pending[one.name] = self._send(self._read(one), overlapped=True)
-        elif one.opcode.endswith("-done"):
-            self._wait(self.pending.pop(one.operands[0], 0.0), "host" if one.opcode == "copy-done" else "exposed")
-        elif one.opcode == "copy-start":
+        elif one.opcode in COPIES:
             self._copy(one)
+        elif one.opcode.endswith("-done"):
+            self._wait(self.pending.pop(one.operands[0], 0.0), "exposed")
+            self._wait(self.copied.pop(one.operands[0], 0.0), "host")
         elif inside := list(fused(self.t.module, one)):
             self._fused(place, one, inside)
         else:
@@ -193,11 +196,11 @@ class _Walk:
         return self.network_free
 
     def _copy(self, one: Instruction) -> None:
-        """Copies to the host take their time beside the rest; those within a chip are prefetches, and hidden."""
+        """Copies to the host and back take their time beside the rest; those within a chip are hidden prefetches."""
         if HOST in one.shape:
-            size = sum(self.by_name[name].bytes for name in one.operands if name in self.by_name)
-            self.host_free = max(self.span.seconds, self.host_free) + size / (HOST_GBPS * 1e9)
-            self.pending[one.name] = self.host_free
+            seconds = device_bytes(one.shape) / (self.t.chip.host_gbps * 1e9)
+            self.host_free = max(self.span.seconds, self.host_free) + seconds
+            self.copied[one.name] = self.host_free
 
     def _wait(self, end: float, part: str) -> None:
         waited = max(0.0, end - self.span.seconds)

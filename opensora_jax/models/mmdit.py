@@ -24,6 +24,7 @@ from opensora_jax.nn.norm import RMSNorm, standardize
 from opensora_jax.nn.prologue import normed_and_rotated
 from opensora_jax.nn.rope import Table, rope_table, rotate_half, rotate_pairs
 from opensora_jax.nn.stack import RematPolicy, Stack
+from opensora_jax.parallel.gather import replicated
 from opensora_jax.parallel.sequence import attend, per_device
 from opensora_jax.parallel.tokens import SharedTokens
 
@@ -155,7 +156,7 @@ class Modulation(nnx.Module):
         self.lin = Linear(width, parts * width, dtype=dtype, rngs=rngs)
 
     def __call__(self, vec: Float[Array, "B D"]) -> list[Float[Array, "B 1 D"]]:
-        return jnp.split(self.lin(jax.nn.silu(vec))[:, None], self.parts, axis=-1)
+        return jnp.split(replicated(self.lin(jax.nn.silu(vec)))[:, None], self.parts, axis=-1)
 
 
 def modulate(x: Float[Array, "B L D"], shift: Array, scale: Array) -> Float[Array, "B L D"]:

@@ -50,6 +50,17 @@ def split_module(
     return [variable.get_value() for variable in variables], [_only(spec, "fsdp") for spec in specs], rebuild
 
 
+def replicated(x: Array) -> Array:
+    """Returns an array that all devices along the `tensor` axis hold whole.
+
+    For what is small and multiplies what is large and whole: the compiler would split the large one as the small one
+    is, and gather it again in front of the next product.
+    """
+    if get_abstract_mesh().shape.get("tensor", 1) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def over_tensor(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """Returns `function` run on each device's part along the `tensor` axis; specs name no other axis.
 
