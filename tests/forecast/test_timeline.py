@@ -123,6 +123,26 @@ def test_copies_to_the_host_are_waited_for_and_prefetches_are_not():
     assert span(program(*(line.replace("S(5)", "S(1)") for line in lines))).seconds == 0
 
 
+OUT = (
+    "  %s = ((bf16[7,2000000]{1,0:S(5)}, bf16[1,2000000]{1,0}, s32[]), bf16[7,2000000]{1,0:S(5)}, u32[]) "
+    "dynamic-update-slice-start(%kept, %y, %n)\n"
+)
+BACK = (
+    "  %s = ((bf16[7,2000000]{1,0:S(5)}, s32[]), bf16[1,2000000]{1,0}, u32[]) "
+    "dynamic-slice-start(%kept, %n), dynamic_slice_sizes={1,2000000}\n"
+)
+
+
+@pytest.mark.parametrize("start", [OUT, BACK])
+def test_slices_that_are_kept_by_the_host_run_beside_what_follows(start):
+    done = f"  %d = bf16[1] {'dynamic-update-slice' if start is OUT else 'dynamic-slice'}-done(%s)\n"
+    megabytes = 4.0 + (8e-6 if start is OUT else 4e-6) + 4e-6
+    alone = span(program(start, done))
+    assert alone.host == pytest.approx(megabytes / 16e3, rel=1e-5)  # at 16 GB/s
+    beside = span(program(start, fusion("a", "p"), done))
+    assert (beside.host, beside.seconds) == (0, pytest.approx(1e-3))
+
+
 def test_products_are_told_from_other_fusions_and_these_from_their_bytes():
     product = """%mul (a: bf16[8,8], b: bf16[8,8]) -> bf16[8,8] {
   %a = bf16[8,8]{1,0} parameter(0)
