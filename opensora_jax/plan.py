@@ -8,6 +8,7 @@ is instant. `--search` looks for the best mesh, batch size and recomputation of 
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from opensora_jax.forecast.compile import compile_job
 from opensora_jax.forecast.estimate import Forecast, forecast
 from opensora_jax.forecast.facts import Facts
 from opensora_jax.forecast.job import Job
-from opensora_jax.forecast.jobs import Group, Wanted, has_auto, make_groups, parse_lines
+from opensora_jax.forecast.jobs import Group, Wanted, has_auto, make_groups, missing_text_encoders, parse_lines
 from opensora_jax.forecast.search import candidates
 from opensora_jax.forecast.timeline import Assumptions
 from opensora_jax.forecast.topology import check_compiler, parse_topology
@@ -45,11 +46,14 @@ def main(argv: list[str]) -> None:
         compile_job(Job.from_json(Path(given.job).read_text()), workplace().texts, Path(given.answer))
         return
     require("config", "topology")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a compiler ends with its plan
     topology = parse_topology(given.topology)
     check_compiler(topology.chip)
     groups = make_groups(given.config, topology, parse_lines(given.buckets), compiler_options(given.xla))
     if given.search:
         groups = search(groups)
+    for kind, folder in missing_text_encoders(given.config).items():
+        print(f"The text encoder {kind} is not counted: there is no folder {folder}.")
     if has_auto(given.config):
         print('Batch sizes "auto" are forecast with 1 sample of a data shard.')
     found = forecasts([wanted.job for group in groups for wanted in group.wanted])
@@ -204,8 +208,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("search", False, "try other meshes, batch sizes and recomputation for one bucket")
     flags.DEFINE_integer("compiles", 8, "how many of these are compiled", lower_bound=1)
     flags.DEFINE_multi_string("xla", [], "name=value of a compiler option; repeatable")
-    flags.DEFINE_float("kernel_efficiency", Assumptions.kernel_efficiency, "share of the peak that kernels reach")
-    flags.DEFINE_float("link_efficiency", Assumptions.link_efficiency, "share of a link's bandwidth that is reached")
+    for name, what in ("kernel_efficiency", "the peak that kernels reach"), ("link_efficiency", "links' bandwidth"):
+        flags.DEFINE_float(name, getattr(Assumptions, name), f"share of {what}", lower_bound=0.01, upper_bound=1.0)
     flags.DEFINE_float("timeout", 1800, "seconds that compiling a program may take", lower_bound=1)
     flags.DEFINE_string("cache", str(CACHE), "folder of answers")
     flags.DEFINE_string("job", None, "a job of another plan, to be done in this process")

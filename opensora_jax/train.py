@@ -23,6 +23,7 @@ from opensora_jax.config.build import build
 from opensora_jax.config.command import run
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.flag import config_flag
+from opensora_jax.config.stages import stage_names
 from opensora_jax.data.cache.latents import CachedBuckets, LatentCache
 from opensora_jax.data.clip_source import Captions
 from opensora_jax.data.clips import ClipDataset
@@ -148,11 +149,8 @@ def parse_stages(config: ConfigDict) -> list[Stage]:
     """
     if "stages" not in config:
         return [Stage(config.to_dict(), build(TrainConfig, config, "config"))]
-    names = config.stages
-    sections = sorted(name for name in config if name != "stages")
-    if not names or not set(names) <= set(sections):
-        raise UserError(f"config.stages names some of {', '.join(sections)}, in their order: got {names}")
-    return [Stage(config[name].to_dict(), build(TrainConfig, config[name], f"config.{name}")) for name in names]
+    parts = {name: config[name] for name in stage_names(config)}
+    return [Stage(part.to_dict(), build(TrainConfig, part, f"config.{name}")) for name, part in parts.items()]
 
 
 def train(stage: Stage) -> None:

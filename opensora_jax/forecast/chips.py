@@ -26,7 +26,7 @@ class Chip:
     link_gbps: float | int  # of a link in one direction; of a GPU all its NVLinks together
     host_gbps: float | int  # between a device and its host, either way
     torus: int  # dimensions of the network; 0: GPUs behind a switch
-    wraps: int  # a dimension whose length is a multiple of this is a ring
+    wraps: int  # a dimension whose length is a multiple of this is a ring: of a slice made of whole cubes, in 3D
     largest: int  # chips in a slice
     clock_ghz: float = 0.0  # of TPUs, to turn cycles into seconds
     node: int = 0  # GPUs behind one switch

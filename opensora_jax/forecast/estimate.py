@@ -17,7 +17,7 @@ COSTLIEST = 30  # places in the traced program that are told apart in JSON
 
 @dataclass(frozen=True)
 class Forecast:
-    """What to expect of a job; `reason` says why it does not run, and then nothing is known of its time."""
+    """What to expect of a job; `reason` says why it does not run. Of what the compiler refuses no time is known."""
 
     job: Job
     facts: Facts

@@ -10,10 +10,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-VARIABLES = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+VARIABLES = (
+    *("LIBTPU_INIT_ARGS", "XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64", "JAX_DEFAULT_PRNG_IMPL"),
+    *("JAX_NUMPY_DTYPE_PROMOTION", "JAX_THREEFRY_PARTITIONABLE"),
+)
 SOURCES = Path(__file__).parents[1]
-FOLDERS = ("kernels", "parallel", "nn", "models", "diffusion", "weights", "training", "inference")
-MAKERS = ("programs.py", "parts.py", "compile.py", "count.py")  # of this folder; the others read what was compiled
+FOLDERS = ("config", "data", "kernels", "parallel", "nn", "models", "diffusion", "weights", "training", "inference")
+MAKERS = (
+    "programs.py",
+    "parts.py",
+    "compile.py",
+    "count.py",
+    "topology.py",
+    "chips.py",
+    "gpus.py",
+)  # of this folder; the others read what was compiled
 UNUSED_FIELDS = ("from_pretrained", "adapter", "rename_keys", "strict_load", "layout")  # of a network's section
 
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from opensora_jax.config.build import build
 from opensora_jax.config.errors import UserError
+from opensora_jax.config.stages import stage_names
 from opensora_jax.data.plan.auto import auto_lines, with_ones
 from opensora_jax.data.plan.buckets import Bucket, Buckets
 from opensora_jax.forecast import programs
@@ -44,6 +45,7 @@ class Group:
     title: str
     wanted: tuple[Wanted, ...]
     videos: int = 0  # of a group that samples
+    is_image: bool = False  # its videos have one frame
 
 
 def parse_lines(given: Sequence[str]) -> list[Line]:
@@ -63,26 +65,22 @@ def make_groups(config: ConfigDict, topology: Topology, lines: Sequence[Line], o
     Raises: UserError for configs and lines that do not fit, and for a mesh that does not fit the topology.
     """
     if "stages" in config:
-        named = [(name, config[name]) for name in config.stages if name in config]
-        if not named:
-            raise UserError(f"config.stages names none of the config's sections: got {config.stages}")
-        stages = [make_groups(part, topology, [], options) for _, part in named]
         found = [
             replace(group, title=f"{name}, {group.title}")
-            for (name, _), groups in zip(named, stages, strict=True)
-            for group in groups
+            for name in stage_names(config)
+            for group in _training(config[name], topology, options, f"config.{name}")
         ]
         return _narrowed(found, lines)
     if "bucket_config" in config and "flow" in config:
-        return _narrowed(list(_training(config, topology, options)), lines)
+        return _narrowed(list(_training(config, topology, options, "config")), lines)
     if "sampling_option" in config:
         return list(_sampling(config, topology, lines, options))
     raise UserError("plan takes configs of configs/diffusion/train and configs/diffusion/inference: this is neither")
 
 
-def _training(config: ConfigDict, topology: Topology, options: dict[str, Any]) -> Iterator[Group]:
+def _training(config: ConfigDict, topology: Topology, options: dict[str, Any], where: str) -> Iterator[Group]:
     values = config.to_dict()
-    sections = build(programs.TrainSections, picked(values, programs.TrainSections), "config")
+    sections = build(programs.TrainSections, picked(values, programs.TrainSections), where)
     mesh = sizes_on(sections.mesh, topology)
     for bucket in largest_buckets(sections):
         subject = asdict(bucket)
@@ -105,7 +103,9 @@ def largest_buckets(sections: programs.TrainSections) -> list[Bucket]:
 
 
 def has_auto(config: ConfigDict) -> bool:
-    """Returns whether lines leave their batch size to the memory."""
+    """Returns whether lines leave their batch size to the memory, in a config or in one of its stages."""
+    if "stages" in config:
+        return any(has_auto(config[name]) for name in stage_names(config))
     return "bucket_config" in config and bool(auto_lines(config.bucket_config.to_dict()))
 
 
@@ -113,6 +113,7 @@ def _sampling(
     config: ConfigDict, topology: Topology, lines: Sequence[Line], options: dict[str, Any]
 ) -> Iterator[Group]:
     values = config.to_dict()
+    build(programs.SampleSections, picked(values, programs.SampleSections) | {"text_networks": {}}, "config")
     every: list[Line | None] = [*lines] or [None]
     for line in every:
         for name, part in _sampling_parts(values, line):
@@ -128,22 +129,25 @@ def _sampling(
             ]
             chunks = -(-sections.batch_size // min(sections.decode_batch_size, sections.batch_size))
             wanted.append(Wanted(Job("decode", "decode", str(topology), part, None, options), chunks))
-            yield Group(title, tuple(wanted), sections.batch_size)
+            yield Group(title, tuple(wanted), sections.batch_size, option.num_frames == 1)
 
 
 def _sampling_parts(values: dict[str, Any], line: Line | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the sections of what makes the images that videos begin with, where a config has that, and the videos."""
     if line is not None:
         size = {"resolution": line[0], "num_frames": line[1], "height": None, "width": None}
-        size["aspect_ratio"] = values["sampling_option"]["aspect_ratio"] or "16:9"
+        size["aspect_ratio"] = values["sampling_option"].get("aspect_ratio") or "16:9"
         values = values | {"sampling_option": values["sampling_option"] | size}
         if line[1] == 1:
             values = values | {"cond_type": "t2v"}
     part = picked(values, programs.SampleSections) | {"text_networks": text_networks(values)}
     if values.get("use_t2i2v") and values["cond_type"] != "t2v":
         option = build(programs.SampleSections, part, "config").sampling_option
-        image = asdict(image_option(option, values["img_resolution"]))
-        networks = {"model": values["img_flux"], "ae": values["img_flux_ae"]}
+        denoiser, autoencoder, resolution = (values.get(f"img_{name}") for name in ("flux", "flux_ae", "resolution"))
+        if denoiser is None or autoencoder is None or resolution is None:
+            raise UserError("use_t2i2v needs config.img_flux, config.img_flux_ae and config.img_resolution")
+        image = asdict(image_option(option, resolution))
+        networks = {"model": denoiser, "ae": autoencoder}
         yield "image, ", part | networks | {"sampling_option": image, "cond_type": "t2v"}
         yield "video, ", part
     else:
@@ -151,15 +155,26 @@ def _sampling_parts(values: dict[str, Any], line: Line | None) -> Iterator[tuple
 
 
 def text_networks(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns kind -> fields of the text encoders: those in their folders, or published ones that are not there yet."""
+    """Returns kind -> fields of the text encoders: those in their folders, or published ones that are not there yet.
+
+    Raises: UserError for a config that lacks one.
+    """
     found = {}
     for kind in PUBLISHED_TEXT:
-        config = TextEncoderConfig(**values[kind])
+        config = build(TextEncoderConfig, values.get(kind) or {}, f"config.{kind}")
         if Path(config.from_pretrained).is_dir():
             found[kind] = asdict(read_shape(kind, config))
         elif Path(config.from_pretrained).name == Path(PUBLISHED[kind]).name:
             found[kind] = asdict(PUBLISHED_TEXT[kind])
     return found
+
+
+def missing_text_encoders(config: ConfigDict) -> dict[str, str]:
+    """Returns kind -> folder of the text encoders of a config that samples which nothing is known of."""
+    if "sampling_option" not in config or "flow" in config:
+        return {}
+    known = text_networks(config.to_dict())
+    return {kind: config[kind].from_pretrained for kind in PUBLISHED_TEXT if kind not in known}
 
 
 def picked(values: Mapping[str, Any], cls: type) -> dict[str, Any]:

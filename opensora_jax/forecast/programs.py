@@ -123,6 +123,13 @@ class SampleSections:
     t5: TextLength
     text_networks: dict[str, Any]  # kind -> fields; they stay on the devices, beside the others
 
+    def __post_init__(self):
+        """Refuse batches of nothing."""
+        if self.batch_size < 1 or self.decode_batch_size < 1:
+            raise ValueError(
+                f"batch_size and decode_batch_size are at least 1: got {self.batch_size} and {self.decode_batch_size}."
+            )
+
     @property
     def stage(self) -> Stage:
         """The networks and what they are to do."""

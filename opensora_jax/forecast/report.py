@@ -43,14 +43,15 @@ def block(one: Forecast | Failure, price: float | None) -> list[str]:
 
 
 def videos(group: Group, parts: Sequence[tuple[Wanted, Forecast | Failure]], price: float | None) -> list[str]:
-    """Returns the line of what a batch of videos takes; none where a part of it does not run."""
-    known = [(wanted.times, one) for wanted, one in parts if isinstance(one, Forecast) and one.span is not None]
+    """Returns the line of what a batch of videos, or of images, takes; none where a part of it does not run."""
+    known = [(wanted.times, one) for wanted, one in parts if isinstance(one, Forecast) and one.fits]
     if not group.videos or len(known) < len(parts):
         return []
     total = sum(times * one.seconds for times, one in known)
     cost = "" if price is None else f", ${sum(one.dollars(price, times) for times, one in known) / group.videos:.4f}"
-    plural = "a video" if group.videos == 1 else f"{group.videos} videos"
-    return [f" {plural} in {seconds(total)}: {seconds(total / group.videos)}{cost} each"]
+    what = "image" if group.is_image else "video"
+    many = f"one {what}" if group.videos == 1 else f"{group.videos} {what}s"
+    return [f" {many} in {seconds(total)}: {seconds(total / group.videos)}{cost} each"]
 
 
 def memory(one: Forecast) -> str:

@@ -25,9 +25,10 @@ MOST_TENSOR, MOST_SEQ = 8, 16
 ALL = 1000  # blocks: more than any network has
 POLICIES = (("full", (ALL, ALL)), ("save_attention", (ALL, ALL)), ("offload", (ALL, ALL)), ("full", (0, 0)))
 KEPT = {"full": 1.0, "save_attention": 2.0, "offload": 0.05}  # activations of a block's width that are kept
-UNREMATTED = 20.0
+UNREMATTED = 12.0  # its input, q, k, v, attention, two projections, the MLP's four widths and its result
 WORKING = 30.0  # of a block at work, forwards and backwards
 COMPUTE, LINKS = 0.55, 0.7  # shares of the peaks that the order of candidates takes for granted
+HOST_WAITED = 0.4  # share of the copies to the host and back that compiled steps wait for
 PER_MESH = 2  # candidates of one mesh, so that others have their turn
 
 
@@ -50,7 +51,6 @@ class Work:
     state_bytes: int  # of a parameter
     video: int  # tokens of a sample
     text: int
-    accumulation: int
 
     @classmethod
     def of(cls, job: Job, topology: Topology) -> "Work":
@@ -66,7 +66,7 @@ class Work:
             subject["num_frames"], subject["height"], subject["width"]
         )
         video = int(np.prod(latent)) // network.patch_size**2
-        return cls(network, topology, count, each, video, sections.t5.max_length, sections.accumulation_steps)
+        return cls(network, topology, count, each, video, sections.t5.max_length)
 
     def bytes(self, mesh: Mapping[str, Any], samples: int, policy: str, blocks: tuple[int, int]) -> float:
         """Returns about what a device needs; `samples` are those of a data shard and a part."""
@@ -95,11 +95,13 @@ class Work:
             sent += 2 * 4 * self.parameters / (mesh["fsdp"] * mesh["tensor"])
         passes = 4 if min(blocks) and policy == "full" else 3
         if mesh["seq"] > 1:
-            around = 4 if mesh["seq_method"] == "ulysses" else 2 * (mesh["seq"] - 1)
-            sent += passes * depth * around * tokens * (mesh["seq"] - 1) / mesh["seq"]
+            around = 4 * (1 - 1 / mesh["seq"]) if mesh["seq_method"] == "ulysses" else 2 * (mesh["seq"] - 1)
+            sent += passes * depth * around * tokens
         if mesh["tensor"] > 1:
             sent += passes * depth * 2 * 2 * tokens
-        return (compute + sent / (link * ways * LINKS)) / (samples * mesh["data"] * mesh["fsdp"])
+        copied = 2 * 2 * depth * tokens if policy == "offload" else 0.0  # input and attention, there and back
+        waited = HOST_WAITED * copied / (chip.host_gbps * 1e9)
+        return (compute + sent / (link * ways * LINKS) + waited) / (samples * mesh["data"] * mesh["fsdp"])
 
 
 def candidates(job: Job, topology: Topology, count: int, memory_bytes: int) -> list[Candidate]:

@@ -19,7 +19,7 @@ from opensora_jax.forecast.traffic import Collective, Network, axes_of, read_col
 COPIES = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")  # between memories
 FREE = {  # neither arithmetic nor memory
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all"),
-    *("opt-barrier", "domain", "iota"),
+    *("opt-barrier", "domain", "iota", "add-dependency", "rng-get-and-update-state"),
 }
 KERNEL = "tpu_custom_call"  # the target of Pallas's kernels
 
@@ -222,7 +222,7 @@ class _Walk:
             self.span.unknown |= {f"the operations of kernel {one.name}"} if flops is None else set()
             seconds = max((flops or 0) / (chip.peak_flops * assumed.kernel_efficiency), self._moving(one))
         elif one.opcode != "custom-call" and not only_estimated:
-            part, seconds = "unestimated", self._moving(one) if one.opcode in _MOVES else 0.0
+            part, seconds = "unestimated", self._moving(one)
         self.span.seconds += seconds
         self.span.costs[one.source or one.opcode] += seconds
         setattr(self.span, part, getattr(self.span, part) + seconds)
@@ -231,9 +231,6 @@ class _Walk:
         """Returns what reading an instruction's operands and writing its result takes."""
         size = moved_bytes(self.t.module, one, [self.by_name[name] for name in one.operands if name in self.by_name])
         return size / (self.t.chip.hbm_bytes_per_second * self.t.assumed.memory_efficiency)
-
-
-_MOVES = {"fusion", "copy", "convert", "transpose", "reduce", "broadcast", "concatenate", "pad", "slice", "dot"}
 
 
 def _chain(inner: Instruction) -> str:

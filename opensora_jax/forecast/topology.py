@@ -53,7 +53,9 @@ class Topology:
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """Which dimensions of the network are rings, the others being lines."""
+        """Which dimensions of the network are rings, the others being lines; of three all are, or none."""
+        if self.chip.torus == 3 and any(size % self.chip.wraps for size in self.shape):
+            return (False,) * 3
         return tuple(size > 1 and size % self.chip.wraps == 0 for size in self.shape)
 
     def load(self) -> Sequence[Any]:

@@ -10,7 +10,7 @@ Source: the costs of collectives on a torus as in "How to Scale Your Model" (jax
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -111,13 +111,6 @@ class Network:
     topology: Topology
     places: tuple[tuple[int, ...], ...]
     efficiency: float  # of a link's bandwidth
-
-    @classmethod
-    def of(cls, topology: Topology, devices: Sequence, efficiency: float) -> "Network":
-        """Returns the network of devices that JAX made."""
-        if topology.chip.is_gpu:
-            return cls(topology, tuple((n,) for n in range(len(devices))), efficiency)
-        return cls(topology, tuple(tuple(device.coords[: len(topology.shape)]) for device in devices), efficiency)
 
     def seconds(self, collective: Collective) -> float:
         """Returns how long a collective takes with the network to itself."""

@@ -79,7 +79,7 @@ class Workplace:
                 if process.poll() is None:  # its time is over, or ours is
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-        task.unlink(missing_ok=True)
+                task.unlink(missing_ok=True)
         if status == 0 and (found := self.known(job)):
             log.unlink(missing_ok=True)
             return found

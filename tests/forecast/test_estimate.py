@@ -112,3 +112,6 @@ def test_a_forecast_in_words(texts):
     parts = list(zip(group.wanted, (one, one), strict=True))
     assert report.videos(group, parts, None) == [" 2 videos in 8.000 s: 4.000 s each"]
     assert report.videos(group, [(group.wanted[0], failed)], None) == []
+    tight = replace(one, reason="it needs more")
+    assert report.videos(group, [(group.wanted[0], tight), parts[1]], 3.0) == []  # no price for what does not fit
+    assert report.videos(replace(group, is_image=True), parts, None) == [" 2 images in 8.000 s: 4.000 s each"]

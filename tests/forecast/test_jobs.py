@@ -7,7 +7,7 @@ from configs.diffusion.inference import t2i2v_256px
 from configs.diffusion.train import stages
 from opensora_jax.config.errors import UserError
 from opensora_jax.forecast.job import Job, versions
-from opensora_jax.forecast.jobs import has_auto, make_groups, parse_lines, sizes_on
+from opensora_jax.forecast.jobs import has_auto, make_groups, missing_text_encoders, parse_lines, sizes_on
 from opensora_jax.forecast.topology import parse_topology
 from opensora_jax.parallel.mesh import MeshConfig
 from tests.forecast import small
@@ -61,6 +61,22 @@ def test_stages_come_one_after_the_other():
     }
 
 
+def test_stages_are_checked_as_in_training():
+    config = stages.get_config()
+    config.stages = ("image", "stge2")
+    with pytest.raises(
+        UserError, match=r"config\.stages names some of image, stage1, .*got \('image', 'stge2'\)"
+    ):
+        make_groups(config, FOUR, [], {})
+    config.stages = ("image",)
+    assert not has_auto(config)
+    config.image.bucket_config = {"256px": {1: (1.0, "auto")}}
+    assert has_auto(config)
+    del config.image["ema_decay"]
+    with pytest.raises(UserError, match=r"config\.image\.ema_decay is missing"):
+        make_groups(config, FOUR, [], {})
+
+
 def test_sampling_has_a_program_for_every_set_of_branches_and_a_decode():
     config = small.sampling()
     (group,) = make_groups(config, FOUR, [], {})
@@ -77,6 +93,33 @@ def test_videos_that_begin_with_an_image_have_its_programs_too():
     assert [wanted.job.subject for wanted in groups[0].wanted] == [["cond"], None]
     assert groups[0].wanted[0].job.sections["model"]["guidance_embed"]
     assert groups[0].wanted[0].job.sections["text_networks"]["t5"]["d_model"] == 4096  # published, and not here
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"decode_batch_size": 0}, "batch_size and decode_batch_size are at least 1: got 8 and 0"),
+        ({"use_t2i2v": True, "cond_type": "i2v_head"}, "use_t2i2v needs config.img_flux"),
+        ({"clip": None}, r"config\.clip\.from_pretrained is missing"),
+    ],
+)
+def test_sampling_configs_that_lack_something_are_refused(change, said):
+    config = small.sampling().unlock()
+    config.sampling_option.guidance_img = 3.0
+    for name, value in change.items():
+        if value is None:
+            del config[name]
+        else:
+            config[name] = value
+    with pytest.raises(UserError, match=said):
+        make_groups(config, FOUR, [], {})
+
+
+def test_text_encoders_of_which_nothing_is_known_are_named():
+    config = small.sampling()
+    config.t5.from_pretrained, config.clip.from_pretrained = "nowhere/my-t5", "nowhere/clip-vit-large-patch14"
+    assert missing_text_encoders(config) == {"t5": "nowhere/my-t5"}  # the other has the name of the published one
+    assert missing_text_encoders(small.training()) == {}
 
 
 def test_a_mesh_that_does_not_fit_is_refused_as_in_training():
