@@ -161,7 +161,7 @@ class Modulation(nnx.Module):
 
 def modulate(x: Float[Array, "B L D"], shift: Array, scale: Array) -> Float[Array, "B L D"]:
     """Returns the normalised `x`, scaled and shifted."""
-    return (1 + scale) * standardize(x) + shift
+    return replicated((1 + scale) * standardize(x) + shift)
 
 
 class DoubleStreamBlock(nnx.Module):
@@ -196,8 +196,8 @@ class DoubleStreamBlock(nnx.Module):
     @staticmethod
     def _finish(x: Array, update: Array, mlp: MLP, modulation: list[Array]) -> Array:
         shift, scale, gate = modulation
-        x = x + update
-        return x + gate * mlp(modulate(x, shift, scale))
+        x = replicated(x + update)
+        return replicated(x + gate * mlp(modulate(x, shift, scale)))
 
 
 class SingleStreamBlock(nnx.Module):
@@ -232,7 +232,7 @@ class SingleStreamBlock(nnx.Module):
         *qkv, mlp = self._project(modulate(x, shift, scale))
         q, k, v = (rearrange(part, "B L (N K) -> B L N K", N=self.config.num_heads) for part in qkv)
         seen = rearrange(attend(*self.norm(q, k, table), v, shared), "B L N K -> B L (N K)")
-        return x + gate * self.linear2(jnp.concatenate([seen, gelu(mlp)], axis=-1))
+        return replicated(x + gate * self.linear2(jnp.concatenate([seen, gelu(mlp)], axis=-1)))
 
 
 class LastLayer(nnx.Module):

@@ -1,7 +1,8 @@
 """Queries and keys on their way into attention: normalised head by head, then rotated.
 
-On TPUs one kernel does it (kernels/prologue_tpu.py); elsewhere, for small heads, and where the compiler splits heads
-over devices it is the norm and the rotation of norm.py and rope.py, whose rounding the kernel repeats.
+On TPUs one kernel does it (kernels/prologue_tpu.py), on each device's own heads; elsewhere, for small heads, and where
+the compiler splits anything else it is the norm and the rotation of norm.py and rope.py, whose rounding the kernel
+repeats.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
+from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Float
 
 from opensora_jax.kernels import prologue_tpu
 from opensora_jax.kernels.blocks import LANES
-from opensora_jax.kernels.choice import choose_kernel, platform
+from opensora_jax.kernels.choice import choose_kernel, left_to_compiler, platform
 from opensora_jax.nn.norm import RMSNorm
 from opensora_jax.nn.rope import Table, rotate_pairs
 
@@ -24,12 +26,18 @@ Heads = Float[Array, "B L N K"]
 
 def normed_and_rotated(x: Heads, norm: RMSNorm, table: Table, rotate: Callable[[Heads, Table], Heads]) -> Heads:
     """Returns `rotate(norm(x), table)`, in the dtype of `x`."""
-    channels = x.shape[-1]
-    if platform() != "tpu" or channels % LANES or choose_kernel(channels).backend != "flash":
+    heads, channels = x.shape[2:]
+    mesh, pairs = get_abstract_mesh(), rotate is rotate_pairs
+    split = mesh.shape.get("tensor", 1) > 1
+    is_ours = heads % mesh.shape["tensor"] == 0 if split else choose_kernel(channels).backend == "flash"
+    if platform() != "tpu" or channels % LANES or not is_ours:
         return rotate(norm(x), table)
-    pairs = rotate is rotate_pairs
-    columns = rearrange(x, "B L N K -> B L (N K)")
-    turned = _fused(columns, norm.scale[...], *by_channel(table, pairs), norm.eps, pairs)
+    run = partial(_fused, eps=norm.eps, pairs=pairs)
+    if split:
+        columns, whole = PartitionSpec(None, None, "tensor"), PartitionSpec()
+        specs = columns, whole, whole, whole
+        run = jax.shard_map(run, in_specs=specs, out_specs=columns, axis_names=left_to_compiler(mesh), check_vma=False)
+    turned = run(rearrange(x, "B L N K -> B L (N K)"), norm.scale[...], *by_channel(table, pairs))
     return rearrange(turned, "B L (N K) -> B L N K", K=channels)
 
 

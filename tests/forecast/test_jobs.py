@@ -64,9 +64,7 @@ def test_stages_come_one_after_the_other():
 def test_stages_are_checked_as_in_training():
     config = stages.get_config()
     config.stages = ("image", "stge2")
-    with pytest.raises(
-        UserError, match=r"config\.stages names some of image, stage1, .*got \('image', 'stge2'\)"
-    ):
+    with pytest.raises(UserError, match=r"config\.stages names some of image, stage1, .*got \('image', 'stge2'\)"):
         make_groups(config, FOUR, [], {})
     config.stages = ("image",)
     assert not has_auto(config)

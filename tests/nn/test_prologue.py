@@ -13,6 +13,7 @@ from opensora_jax.kernels import prologue_tpu
 from opensora_jax.nn import prologue
 from opensora_jax.nn.norm import RMSNorm
 from opensora_jax.nn.rope import rope_table, rotate_half, rotate_pairs
+from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 
 CASES = {
     "halves, several blocks, odd length": (rotate_half, jnp.float32, (2, 301, 2, 128), False),
@@ -51,6 +52,19 @@ def test_the_kernel_is_the_norm_and_the_rotation(name):
         assert a.dtype == b.dtype
         difference = np.abs(np.float32(a) - np.float32(b)).max() / np.abs(np.float32(b)).max()
         assert difference < (2e-6 if dtype == jnp.float32 else 2e-2)  # XLA rounds once more on the way back
+
+
+def test_devices_prepare_heads_of_their_own():
+    case = rotate_half, jnp.float32, (2, 40, 4, 128), True
+    expected = prepared(*case)
+    on_tpu = mock.patch.object(prologue, "platform", return_value="tpu")
+    called = mock.patch.object(prologue_tpu, "forward", wraps=prologue_tpu.forward)
+    mesh = make_mesh(MeshConfig(1, 1, 1, 2), jax.devices()[:2])
+    with on_tpu, called as kernel, pltpu.force_tpu_interpret_mode(), jax.set_mesh(mesh):
+        found = jax.jit(prepared, static_argnums=(0, 1, 2, 3))(*case)
+    assert kernel.call_args.args[0].shape == (2, 40, 2 * 128)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize("channels", [64, 192])

@@ -5,6 +5,7 @@
 prints the worst relative difference of each mesh over 20 steps.
 """
 
+import math
 import re
 from dataclasses import replace
 from functools import cache
@@ -110,6 +111,11 @@ def test_a_mesh_gives_the_loss_curve_of_one_device(name, steps):
 
 def gradients(config, mesh):
     """Returns the compiled program of the gradient of a model's mean square."""
+    return compiled(config, mesh, lambda model, inputs: jnp.mean(model(**inputs) ** 2), jax.grad)
+
+
+def compiled(config, mesh, measure, of=lambda function: function):
+    """Returns the compiled program of what `of` makes of `measure(model, inputs)` as a function of parameters."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))))
     shardings = param_shardings(params, mesh)
     params = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, shardings)
@@ -120,11 +126,9 @@ def gradients(config, mesh):
         "pooled": jax.ShapeDtypeStruct((BATCH, 5), jnp.float32, sharding=batch_sharding(mesh)),
     }
 
-    def measure(params, inputs):
-        return jnp.mean(nnx.merge(graphdef, params)(**inputs) ** 2)
-
+    run = of(lambda params, inputs: measure(nnx.merge(graphdef, params), inputs))
     with jax.set_mesh(mesh):
-        return jax.jit(jax.grad(measure), out_shardings=shardings).lower(params, inputs).compile().as_text()
+        return jax.jit(run).lower(params, inputs).compile().as_text()
 
 
 def collectives(program, kind):
@@ -166,6 +170,15 @@ def test_fsdp_gathers_weights_and_scatters_gradients_and_nothing_else(name):
     assert not set(collectives(program, "all-reduce")) & set(whole)
     kept = [shape for _, _, shape in split if len(shape) == 3 and f"f32[{','.join(map(str, shape))}]" in program]
     assert not kept  # no stack of whole weights waits for the backward pass
+
+
+def test_split_heads_leave_tokens_whole():
+    """What travels forwards are sums of each product's parts, and what heads and columns trade: no gathered tokens."""
+    mesh = make_mesh(MESHES["tensor 2 x data 4"])
+    program = compiled(CONFIG, mesh, lambda model, inputs: model(**inputs))
+    tokens = (BATCH // 4) * (TEXT + 15) * CONFIG.hidden_size
+    assert collectives(program, "all-reduce")
+    assert max(map(math.prod, collectives(program, "all-gather")), default=0) < tokens // 4
 
 
 @pytest.mark.parametrize("name", ["fsdp 2 x seq 4, ulysses", "fsdp 2 x seq 4, ring"])
