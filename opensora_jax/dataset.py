@@ -19,6 +19,7 @@ from opensora_jax.config.build import build
 from opensora_jax.config.command import Main, run_verbs
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.flag import config_flag
+from opensora_jax.config.stages import stage_names
 from opensora_jax.data import shapes
 from opensora_jax.data.table import beam_probing, probing, records, sources, survey
 
@@ -140,6 +141,10 @@ def _run_encode(argv: list[str]) -> Path | None:
     from opensora_jax.inference import encode
 
     config = flags.FLAGS.config
+    if "stages" in config:
+        raise UserError(
+            f"each stage has a cache of its own: give the config of one of {', '.join(stage_names(config))}"
+        )
     sections = {field.name: config[field.name] for field in dataclasses.fields(encode.EncodeJob)}
     cache = encode.run(build(encode.EncodeJob, sections, "config"))
     return cache.folder.parent if cache else None

@@ -122,7 +122,7 @@ def check_compiler(chip: Chip) -> None:
         if not any(_is_there(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
             raise UserError(
                 f"compiling for {chip.name} needs the plugin of CUDA, which is not installed: "
-                'pip install "opensora_jax[gpu]" (or pip install -r requirements-gpu.txt); it needs no GPU'
+                'pip install ".[gpu]" (or pip install -r requirements-gpu.txt); it needs no GPU'
             )
     elif not _is_there("libtpu"):
         raise UserError(

@@ -144,8 +144,9 @@ class MLP(nnx.Module):
         self.in_layer = Linear(width, hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.out_layer = Linear(hidden, width, ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.out_layer(gelu(self.in_layer(x)))
+    def gated(self, x: Float[Array, "B L D"], gate: Float[Array, "B 1 D"]) -> Float[Array, "B L D"]:
+        """Returns the result times a gate."""
+        return self.out_layer.gated(gelu(self.in_layer(x)), gate)
 
 
 class Modulation(nnx.Module):
@@ -189,15 +190,15 @@ class DoubleStreamBlock(nnx.Module):
         joint = attend(q, k, v, shared)
         joint = rearrange(joint, "B L N K -> B L (N K)")
         seen_txt, seen_img = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
-        img = self._finish(img, img_gate * self.img_attn.proj(seen_img), self.img_mlp, img_rest)
-        txt = self._finish(txt, txt_gate * self.txt_attn.proj(seen_txt), self.txt_mlp, txt_rest)
+        img = self._finish(img, self.img_attn.proj.gated(seen_img, img_gate), self.img_mlp, img_rest)
+        txt = self._finish(txt, self.txt_attn.proj.gated(seen_txt, txt_gate), self.txt_mlp, txt_rest)
         return img, txt
 
     @staticmethod
     def _finish(x: Array, update: Array, mlp: MLP, modulation: list[Array]) -> Array:
         shift, scale, gate = modulation
         x = replicated(x + update)
-        return replicated(x + gate * mlp(modulate(x, shift, scale)))
+        return replicated(x + mlp.gated(modulate(x, shift, scale), gate))
 
 
 class SingleStreamBlock(nnx.Module):
@@ -232,7 +233,7 @@ class SingleStreamBlock(nnx.Module):
         *qkv, mlp = self._project(modulate(x, shift, scale))
         q, k, v = (rearrange(part, "B L (N K) -> B L N K", N=self.config.num_heads) for part in qkv)
         seen = rearrange(attend(*self.norm(q, k, table), v, shared), "B L N K -> B L (N K)")
-        return replicated(x + gate * self.linear2(jnp.concatenate([seen, gelu(mlp)], axis=-1)))
+        return replicated(x + self.linear2.gated(jnp.concatenate([seen, gelu(mlp)], axis=-1), gate))
 
 
 class LastLayer(nnx.Module):

@@ -61,6 +61,9 @@ class LoRALinear(Linear):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
         return super().__call__(x) + self.scale * self.lora_B(self.lora_A(x))
 
+    def gated(self, x: Float[Array, "B L D"], gate: Float[Array, "B 1 E"]) -> Float[Array, "B L E"]:
+        return gate * self(x)  # the kernel has no gradient from which the gate's could come
+
 
 def linear_layers(model: nnx.Module) -> dict[Path, tuple[int, ...]]:
     """Returns path -> shape of the kernel of every linear layer; scanned ones have a leading axis of layers."""

@@ -26,8 +26,8 @@ TPU_DEVICES = ("accel0", "vfio/0")  # below /dev on the machine of a TPU
 class DistributedConfig:
     """A config's `distributed` section: the address of process 0 and this one's number, or nothing.
 
-    Without an address SLURM, Open MPI, Kubernetes and the metadata of a TPU tell, where the command runs in one of
-    them; else it runs alone.
+    Without an address SLURM, Open MPI and the machine of a TPU tell, where the command runs in one of them; else it
+    runs alone.
     """
 
     coordinator_address: str | None

@@ -43,7 +43,7 @@ def load_wandb() -> Any:
     except ImportError as error:
         reason = str(error)
     if reason:
-        raise UserError(f"wandb cannot be imported ({reason}): pip install 'opensora_jax[wandb]', or {WITHOUT}")
+        raise UserError(f"wandb cannot be imported ({reason}): pip install '.[wandb]', or {WITHOUT}")
     return wandb
 
 

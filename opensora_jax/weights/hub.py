@@ -9,6 +9,7 @@ REPOSITORIES = {  # what our presets read, under the paths that they expect belo
     "hpcai-tech/Open-Sora-v2": ".",  # the MMDiT, the Hunyuan VAE, T5 and CLIP
     "hpcai-tech/Open-Sora-v2-Video-DC-AE": ".",
     "black-forest-labs/FLUX.1-dev": ".",
+    "hpcai-tech/OpenSora-VAE-v1.2": "OpenSora-VAE-v1.2",
     "google/t5-v1_1-xxl": "google/t5-v1_1-xxl",
     "openai/clip-vit-large-patch14": "openai/clip-vit-large-patch14",
 }

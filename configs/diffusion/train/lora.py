@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
         ),
         "from_pretrained": None,
     }
+    config.encode.motion_score = ""  # a column of your table that has it, if there is one: "score_vmafmotion"
     config.bucket_config = {"256px": rows(1.0, (33, 129, 1))}
     config.preview.sampling_option.num_frames = 33
     config.optim.lr = 1e-4

@@ -69,7 +69,7 @@ def _pipeline(options: str) -> Any:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
-        raise UserError("--runner=beam needs Apache Beam: pip install 'opensora_jax[beam]'") from None
+        raise UserError("--runner=beam needs Apache Beam: pip install '.[beam]'") from None
     with contextlib.redirect_stderr(io.StringIO()) as said:  # argparse prints its usage and ends the process
         try:
             parsed = PipelineOptions(shlex.split(options))
