@@ -170,7 +170,8 @@ def small_layers(golden: Golden) -> None:
 
 
 def _run_layers(layers: nnx.Dict, inputs: dict[str, Array], scales: list[str]) -> dict[str, Array]:
-    found = {"emb": layers.emb(inputs["e"]), "mlp": layers.img_mlp.gated(inputs["y"], jax.numpy.ones((1, 1, 1)))}
+    y, open_gate = inputs["y"], jnp.ones_like(inputs["y"][:, :1])
+    found = {"emb": layers.emb(inputs["e"]), "mlp": layers.img_mlp.gated(y, open_gate)}
     found |= {"gelu_tanh": gelu(inputs["lin"]), "silu": jax.nn.silu(inputs["lin"])}
     parts = [f"mod{i}_{part}" for i in (1, 2) for part in ("shift", "scale", "gate")]
     found |= dict(zip(parts, layers.mod(inputs["vec"]), strict=True))
