@@ -38,7 +38,8 @@ def forward(
 ) -> tuple[Float[Array, "B L N K"], Float[Array, "B N L"]]:
     """Returns attention in `dtype` and the logsumexp of every query's logits; `real` says which keys count.
 
-    A sample without real keys gets zeros and a logsumexp near -1e30. No more than about `logits` are held at a time.
+    A sample without real keys gets zeros and a logsumexp near -1e30. About `logits` are held at a time, but 128 queries
+    and 128 keys of every head at least.
     """
     if _by_head(q):
         run = partial(forward, scale=scale, dtype=dtype, logits=logits)

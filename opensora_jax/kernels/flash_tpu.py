@@ -20,12 +20,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from opensora_jax.kernels.blocks import LANES, Blocks, device_kind, fit, largest
+from opensora_jax.kernels.chunked import LOWEST
 from opensora_jax.kernels.flash_tpu_backward import backward
 from opensora_jax.kernels.operands import LOG2E, Padding, column, cost, dot, in_parts, layout, padding, zeroed
 
 __all__ = ["backward", "forward"]
-
-LOWEST = -1e30  # where a running maximum begins: finite, so that differences of it are numbers
 
 
 def forward(

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
 from opensora_jax.kernels import flash
+from opensora_jax.kernels.chunked import LOWEST
 from opensora_jax.kernels.flash import ATTENTION
 from opensora_jax.parallel.tokens import SharedTokens
 
@@ -42,7 +43,7 @@ def _forward(q: Array, k: Array, v: Array, shared: SharedTokens) -> tuple[Array,
         return (out * _weight(lse - both) + block * _weight(block_lse - both), both), ()
 
     B, L, N, _ = q.shape
-    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((B, N, L), -jnp.inf, jnp.float32)
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((B, N, L), LOWEST, jnp.float32)
     (out, lse), _ = _around(meet, nothing, (), k, v, shared)
     # Where a policy keeps these two, the backward pass of a layer does not go around forwards again.
     out, lse = (checkpoint_name(kept, ATTENTION) for kept in (out.astype(v.dtype), lse))

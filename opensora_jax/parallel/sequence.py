@@ -9,6 +9,8 @@ The mesh is that of JAX's context (`jax.set_mesh`). Without one, or on one devic
 Sources: Jacobs et al. 2023 (DeepSpeed Ulysses, arXiv:2309.14509); ring.py, gather.py.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -74,10 +76,22 @@ def attend(q: Heads, k: Heads, v: Heads, shared: SharedTokens | None) -> Heads:
         method = attention if shared.shards == 1 else partial(METHODS[shared.axis], shared=shared)
     if mesh.shape.get("tensor", 1) == 1:
         return method(q, k, v)
-    heads = PartitionSpec(None, None, "tensor") if q.shape[2] % mesh.shape["tensor"] == 0 else PartitionSpec()
+    heads = PartitionSpec(None, None, "tensor")
+    if q.shape[2] % mesh.shape["tensor"]:
+        heads = PartitionSpec()
+        _announce_same_heads(q.shape[2], mesh.shape["tensor"])
     # kernels run where no axis is left to the compiler, not even one of a single device
     left = left_to_compiler(mesh)
     return jax.shard_map(method, in_specs=(heads,) * 3, out_specs=heads, axis_names=left, check_vma=False)(q, k, v)
+
+
+@functools.cache
+def _announce_same_heads(heads: int, tensor: int) -> None:
+    logging.getLogger("absl").warning(
+        "the %d devices along mesh.tensor all compute all %d heads of attention, which they do not divide",
+        tensor,
+        heads,
+    )
 
 
 def ulysses(q: Heads, k: Heads, v: Heads, shared: SharedTokens) -> Heads:
