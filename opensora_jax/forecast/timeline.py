@@ -19,7 +19,11 @@ from opensora_jax.forecast.traffic import Collective, Network, axes_of, read_col
 COPIES = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")  # between memories
 FREE = {  # neither arithmetic nor memory
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all"),
-    *("opt-barrier", "domain", "iota", "add-dependency", "rng-get-and-update-state"),
+    *("opt-barrier", "domain", "iota"),
+}
+MOVES = {  # of instructions without an estimate: compilers leave it out where nothing moves, as in most reshapes
+    *("fusion", "copy", "convert", "transpose", "reduce", "broadcast", "concatenate", "pad", "slice", "dot"),
+    "dynamic-update-slice",
 }
 KERNEL = "tpu_custom_call"  # the target of Pallas's kernels
 
@@ -222,7 +226,7 @@ class _Walk:
             self.span.unknown |= {f"the operations of kernel {one.name}"} if flops is None else set()
             seconds = max((flops or 0) / (chip.peak_flops * assumed.kernel_efficiency), self._moving(one))
         elif one.opcode != "custom-call" and not only_estimated:
-            part, seconds = "unestimated", self._moving(one)
+            part, seconds = "unestimated", self._moving(one) if one.opcode in MOVES else 0.0
         self.span.seconds += seconds
         self.span.costs[one.source or one.opcode] += seconds
         setattr(self.span, part, getattr(self.span, part) + seconds)
