@@ -49,9 +49,9 @@ def videos(group: Group, parts: Sequence[tuple[Wanted, Forecast | Failure]], pri
         return []
     total = sum(times * one.seconds for times, one in known)
     cost = "" if price is None else f", ${sum(one.dollars(price, times) for times, one in known) / group.videos:.4f}"
-    what = "image" if group.is_image else "video"
-    many = f"one {what}" if group.videos == 1 else f"{group.videos} {what}s"
-    return [f" {many} in {seconds(total)}: {seconds(total / group.videos)}{cost} each"]
+    single, several = ("an image", "images") if group.is_image else ("a video", "videos")
+    what = single if group.videos == 1 else f"{group.videos} {several}"
+    return [f" {what} in {seconds(total)}: {seconds(total / group.videos)}{cost} each"]
 
 
 def memory(one: Forecast) -> str:
