@@ -5,6 +5,8 @@ Methods run outside `jax.jit`: networks compile their own parts, and tiles, wher
 among the devices, each of which takes whole ones.
 """
 
+import functools
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -122,9 +124,21 @@ class Codec:
 def sharding(autoencoder: Any, mesh: Mesh, batch: int, rows: int, columns: int) -> NamedSharding:
     """Returns how an autoencoder takes videos whose latents have so many rows and columns: see the top of the file."""
     tiling = getattr(autoencoder, "tiling", None)
-    if tiling is not None and tiling.cuts_space(rows, columns) and groups_at_once(mesh, batch) > 1:
-        return group_sharding(mesh, batch)
+    if tiling is not None and tiling.cuts_space(rows, columns) and mesh.size > 1:
+        if groups_at_once(mesh, batch) > 1:
+            return group_sharding(mesh, batch)
+        if batch % mesh.size:
+            _announce_same_tiles(mesh.size, batch)
     return video_sharding(mesh, batch, rows, columns)
+
+
+@functools.cache
+def _announce_same_tiles(devices: int, batch: int) -> None:
+    logging.getLogger("absl").warning(
+        "the %d devices go through the tiles of %d videos together, one after the other: with a number of videos that "
+        "divides the devices each takes tiles of its own",
+        *(devices, batch),
+    )
 
 
 @jax.jit

@@ -1,13 +1,16 @@
 """Bytes in, bytes out, on any mesh; sizes and values that cannot be are refused."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.models.codec import Codec, to_bytes, to_pixels
+from opensora_jax.models.codec import Codec, _announce_same_tiles, sharding, to_bytes, to_pixels
 from opensora_jax.models.posterior import Posterior
+from opensora_jax.nn.tiling import Tiling
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 
 
@@ -68,6 +71,21 @@ def test_the_work_is_split_over_the_devices():
     one = codec()
     one.encode(clips(1))
     assert one.autoencoder.sharding.shard_shape((1, 3, 16, 10, 3)) == (1, 3, 2, 10, 3)
+
+
+class Tiled(Halves):
+    """Halves with a tiling that cuts everything."""
+
+    tiling = Tiling((1, 2, 2), True, True, False, 4, 4, 0.5)
+
+
+@pytest.mark.parametrize(("batch", "said"), [(3, True), (4, False), (8, False), (16, False)])
+def test_devices_that_cannot_share_tiles_out_are_announced(caplog, batch, said):
+    _announce_same_tiles.cache_clear()
+    mesh = make_mesh(MeshConfig(8, 1, 1, 1))
+    with caplog.at_level(logging.WARNING, "absl"):
+        sharding(Tiled(), mesh, batch, 8, 8)
+    assert ("the 8 devices go through the tiles of 3 videos together" in caplog.text) == said
 
 
 def test_a_draw_depends_on_its_own_key_alone():
