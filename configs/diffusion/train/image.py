@@ -6,7 +6,8 @@
 
 The table is `outputs/image/meta.parquet`; `--config.latents=` (empty) trains from the files, without a cache.
 Hardware: a pod, such as a v5p-128 (64 chips: 2 x 32 of data and fsdp). Every block recomputes its activations from what
-lies in the hosts' memory: as fast as keeping it on the chips, and it fits those of 32 GB (docs/performance.md).
+lies in the hosts' memory, which fits chips of 32 GB. Where there is more, as on a v5p,
+`--config.model.remat_policy=save_attention` is a tenth faster (forecasts in docs/performance.md).
 Source: hpcaitech/Open-Sora, `configs/diffusion/train/image.py`: its numbers, but `num_steps` in place of 1000 epochs.
 """
 

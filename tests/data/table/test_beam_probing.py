@@ -12,7 +12,7 @@ from opensora_jax.data.table.probing import describe
 
 def test_without_beam_the_way_to_get_it_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(UserError, match=r"pip install 'opensora_jax\[beam\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[beam\]'"):
         check("")
 
 
