@@ -429,6 +429,7 @@ def test_a_lora_is_merged_for_sampling_and_into_weights(world, command, tmp_path
     (tmp_path / "lora.py").write_text(LORA_CONFIG)
     base = f"--config.model.from_pretrained={world}/diffusion"
     flags = [f"--config={tmp_path}/lora.py", *train_flags(world)[1:], base, f"--config.workdir={tmp_path}/run"]
+    flags += ["--config.lora.alpha=400.0"]  # so that two steps change what one sees
     command("train", *flags, "--config.loop.num_steps=2", "--config.optim.lr=0.5", "--config.optim.warmup_steps=0")
     adapter = f"{tmp_path}/run/lora"
     command("convert", "import", *train_flags(world), base, f"--adapter={adapter}", f"--output={tmp_path}/merged")
