@@ -146,7 +146,7 @@ class MLP(nnx.Module):
 
     def gated(self, x: Float[Array, "B L D"], gate: Float[Array, "B 1 D"]) -> Float[Array, "B L D"]:
         """Returns the result times a gate."""
-        return self.out_layer.gated(gelu(self.in_layer(x)), gate)
+        return self.out_layer.gated([gelu(self.in_layer(x))], gate)
 
 
 class Modulation(nnx.Module):
@@ -190,8 +190,8 @@ class DoubleStreamBlock(nnx.Module):
         joint = attend(q, k, v, shared)
         joint = rearrange(joint, "B L N K -> B L (N K)")
         seen_txt, seen_img = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
-        img = self._finish(img, self.img_attn.proj.gated(seen_img, img_gate), self.img_mlp, img_rest)
-        txt = self._finish(txt, self.txt_attn.proj.gated(seen_txt, txt_gate), self.txt_mlp, txt_rest)
+        img = self._finish(img, self.img_attn.proj.gated([seen_img], img_gate), self.img_mlp, img_rest)
+        txt = self._finish(txt, self.txt_attn.proj.gated([seen_txt], txt_gate), self.txt_mlp, txt_rest)
         return img, txt
 
     @staticmethod
@@ -223,8 +223,8 @@ class SingleStreamBlock(nnx.Module):
     def _project(self, x: Array) -> list[Array]:
         width = self.config.hidden_size
         if self.config.fused_qkv:
-            return jnp.split(self.linear1(x), [width, 2 * width, 3 * width], axis=-1)
-        return [self.q_proj(x), self.k_proj(x), *jnp.split(self.v_mlp(x), [width], axis=-1)]
+            return self.linear1.split(x, [width, 2 * width, 3 * width])
+        return [self.q_proj(x), self.k_proj(x), *self.v_mlp.split(x, [width])]
 
     def __call__(
         self, x: Float[Array, "B L D"], vec: Array, table: Table, shared: SharedTokens | None = None
@@ -233,7 +233,7 @@ class SingleStreamBlock(nnx.Module):
         *qkv, mlp = self._project(modulate(x, shift, scale))
         q, k, v = (rearrange(part, "B L (N K) -> B L N K", N=self.config.num_heads) for part in qkv)
         seen = rearrange(attend(*self.norm(q, k, table), v, shared), "B L N K -> B L (N K)")
-        return replicated(x + self.linear2.gated(jnp.concatenate([seen, gelu(mlp)], axis=-1), gate))
+        return replicated(x + self.linear2.gated([seen, gelu(mlp)], gate))
 
 
 class LastLayer(nnx.Module):

@@ -4,12 +4,14 @@ Logical axis names travel with each kernel as inert metadata; `parallel.rules` t
 device holds a part of a parameter, `whole` gathers it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import get_abstract_mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -44,16 +46,51 @@ class Linear(nnx.Module):
         y = _product(x.astype(self.dtype), whole(self.kernel, self.dtype))
         return y if self.bias is None else y + whole(self.bias, self.dtype)
 
-    def gated(self, x: Float[Array, "B L D"], gate: Float[Array, "B 1 E"]) -> Float[Array, "B L E"]:
-        """Returns `gate * self(x)`, with a gate for each sample.
+    def split(self, x: Float[Array, "*B D"], places: Sequence[int]) -> list[Float[Array, "*B _"]]:
+        """Returns the result's columns up to each place and from there on.
+
+        Where devices split columns along `tensor`, each part is a product of its own: cut out of the whole it would lie
+        on other devices than its heads, and tokens would travel where now parts of the kernel do.
+        """
+        if not is_split_along_tensor():
+            return jnp.split(self(x), places, axis=-1)
+        kernels = jnp.split(whole(self.kernel, self.dtype), places, axis=1)
+        parts = [_product(x.astype(self.dtype), kernel) for kernel in kernels]
+        if self.bias is None:
+            return parts
+        biases = jnp.split(whole(self.bias, self.dtype), places)
+        return [part + bias for part, bias in zip(parts, biases, strict=True)]
+
+    def joined(self, parts: Sequence[Float[Array, "*B _"]]) -> Float[Array, "*B E"]:
+        """Returns the result of parts that lie side by side on the last axis; along `tensor` see `split`."""
+        if len(parts) == 1 or not is_split_along_tensor():
+            return self(_side_by_side(parts))
+        places = np.cumsum([part.shape[-1] for part in parts])[:-1].tolist()
+        kernels = jnp.split(whole(self.kernel, self.dtype), places)
+        products = [_product(x.astype(self.dtype), kernel) for x, kernel in zip(parts, kernels, strict=True)]
+        y = sum(products[1:], products[0])
+        return y if self.bias is None else y + whole(self.bias, self.dtype)
+
+    def gated(self, parts: Sequence[Float[Array, "B L _"]], gate: Float[Array, "B 1 E"]) -> Float[Array, "B L E"]:
+        """Returns `gate * self.joined(parts)`, with a gate for each sample.
 
         Of long samples the gate's gradient comes from the kernel's and not from the result: blocks that make their
         activations again leave this product out, and others need not keep its result.
         """
-        if x.shape[1] < MANY_ROWS:
-            return gate * self(x)
+        if parts[0].shape[1] < MANY_ROWS or is_split_along_tensor():
+            return gate * self.joined(parts)
+        x = _side_by_side(parts)
         bias = None if self.bias is None else whole(self.bias, self.dtype)
         return _gated(x.astype(self.dtype), whole(self.kernel, self.dtype), bias, gate)
+
+
+def is_split_along_tensor() -> bool:
+    """Returns whether the mesh splits columns of kernels over several devices."""
+    return get_abstract_mesh().shape.get("tensor", 1) > 1
+
+
+def _side_by_side(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 @jax.custom_vjp

@@ -10,6 +10,7 @@ from opensora_jax.forecast.count import count
 from opensora_jax.nn import linear
 from opensora_jax.nn.linear import Linear
 from opensora_jax.nn.stack import Stack
+from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 
 
 def gradients(module, x, gate, weights):
@@ -17,7 +18,7 @@ def gradients(module, x, gate, weights):
     graph, params = nnx.split(module)
 
     def measure(params, x, gate):
-        return (weights * jnp.float32(nnx.merge(graph, params).gated(x, gate))).sum()
+        return (weights * jnp.float32(nnx.merge(graph, params).gated([x], gate))).sum()
 
     return jax.tree.leaves(jax.jit(jax.value_and_grad(measure, argnums=(0, 1, 2)))(params, x, gate))
 
@@ -43,12 +44,28 @@ def test_a_long_sample_has_the_gradients_of_a_short_one(monkeypatch, dtype, bias
         )
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_parts_are_products_of_their_own_where_devices_split_columns(bias):
+    layer = Linear(8, 12, bias=bias, rngs=nnx.Rngs(0))
+    if bias:
+        layer.bias[...] = jnp.arange(12.0)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 8))
+    expected = layer(x)
+    graph, params = nnx.split(layer)
+    with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1, 2), jax.devices()[:2])):
+        parts = jax.jit(lambda params, x: nnx.merge(graph, params).split(x, [4, 6]))(params, x)
+        joined = jax.jit(lambda params, x: nnx.merge(graph, params).joined([x[..., :2], x[..., 2:]]))(params, x)
+    assert [part.shape[-1] for part in parts] == [4, 2, 6]
+    np.testing.assert_allclose(np.concatenate(parts, -1), expected, atol=1e-6)
+    np.testing.assert_allclose(joined, expected, atol=1e-6)
+
+
 class Block(nnx.Module):
     def __init__(self, rngs):
         self.first, self.last = Linear(4, 6, rngs=rngs), Linear(6, 4, rngs=rngs)
 
     def __call__(self, x, gate):
-        return x + self.last.gated(jnp.tanh(self.first(x)), gate)
+        return x + self.last.gated([jnp.tanh(self.first(x))], gate)
 
 
 @pytest.mark.parametrize(("rows", "products"), [(1, 7), (99, 8)])

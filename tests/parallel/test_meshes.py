@@ -173,12 +173,13 @@ def test_fsdp_gathers_weights_and_scatters_gradients_and_nothing_else(name):
 
 
 def test_split_heads_leave_tokens_whole():
-    """What travels forwards are sums of each product's parts, and what heads and columns trade: no gathered tokens."""
+    """What travels forwards are sums of each product's parts: tokens are neither gathered nor traded for columns."""
     mesh = make_mesh(MESHES["tensor 2 x data 4"])
     program = compiled(CONFIG, mesh, lambda model, inputs: model(**inputs))
     tokens = (BATCH // 4) * (TEXT + 15) * CONFIG.hidden_size
     assert collectives(program, "all-reduce")
     assert max(map(math.prod, collectives(program, "all-gather")), default=0) < tokens // 4
+    assert not collectives(program, "all-to-all")
 
 
 @pytest.mark.parametrize("name", ["fsdp 2 x seq 4, ulysses", "fsdp 2 x seq 4, ring"])
