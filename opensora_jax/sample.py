@@ -231,13 +231,14 @@ def write(config: SampleConfig, stage: Stage, jobs: list[Job], encode_text: Text
     """
     sizes = (config.batch_size, config.decode_batch_size)
     pipeline = stage.load(encode_text, make_mesh(config.mesh), parse_dtype(config.dtype), sizes)
-    by_request = {job.request: job for job in jobs}
+    by_request, is_first = {job.request: job for job in jobs}, jax.process_index() == 0
+    if is_first:
+        config.save_dir.mkdir(parents=True, exist_ok=True)
     records = {}
     for request, frames in pipeline(list(by_request), stage.option, stage.cond_type):
         job = by_request[request]
         record = {"prompt": job.prompt, "text": request.prompt, "index": request.index, "seed": request.seed}
-        if jax.process_index() == 0:
-            config.save_dir.mkdir(parents=True, exist_ok=True)
+        if is_first:
             record = outputs.save(config.save_dir, job.stem, frames, config.fps_save, record | {"key": job.key})
         records[job.stem] = record
     return from_first(records)

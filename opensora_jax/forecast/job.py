@@ -16,15 +16,10 @@ VARIABLES = (
 )
 SOURCES = Path(__file__).parents[1]
 FOLDERS = ("config", "data", "kernels", "parallel", "nn", "models", "diffusion", "weights", "training", "inference")
-MAKERS = (
-    "programs.py",
-    "parts.py",
-    "compile.py",
-    "count.py",
-    "topology.py",
-    "chips.py",
-    "gpus.py",
-)  # of this folder; the others read what was compiled
+MAKERS = (  # of this folder; the others read what was compiled
+    *("programs.py", "parts.py", "compile.py", "count.py"),
+    *("topology.py", "chips.py", "gpus.py"),
+)
 UNUSED_FIELDS = ("from_pretrained", "adapter", "rename_keys", "strict_load", "layout")  # of a network's section
 
 

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import get_abstract_mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from opensora_jax.kernels.choice import platform
-from opensora_jax.parallel.gather import whole
+from opensora_jax.parallel.gather import is_split_along_tensor, whole
 
 Init = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 fan_in = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch.nn.Linear's kernel distribution
@@ -26,6 +25,8 @@ MANY_ROWS = 4096  # of a sample: with fewer, gradients of a kernel by sample tak
 
 class Linear(nnx.Module):
     """Returns `x @ kernel + bias` in `dtype`, the last axis going from `in_features` to `out_features`."""
+
+    is_kernel_all = True  # that is the whole of it, so that parts of the kernel give parts of the result
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class Linear(nnx.Module):
         Where devices split columns along `tensor`, each part is a product of its own: cut out of the whole it would lie
         on other devices than its heads, and tokens would travel where now parts of the kernel do.
         """
-        if not is_split_along_tensor():
+        if not (self.is_kernel_all and is_split_along_tensor()):
             return jnp.split(self(x), places, axis=-1)
         kernels = jnp.split(whole(self.kernel, self.dtype), places, axis=1)
         parts = [_product(x.astype(self.dtype), kernel) for kernel in kernels]
@@ -63,7 +64,7 @@ class Linear(nnx.Module):
 
     def joined(self, parts: Sequence[Float[Array, "*B _"]]) -> Float[Array, "*B E"]:
         """Returns the result of parts that lie side by side on the last axis; along `tensor` see `split`."""
-        if len(parts) == 1 or not is_split_along_tensor():
+        if len(parts) == 1 or not (self.is_kernel_all and is_split_along_tensor()):
             return self(_side_by_side(parts))
         places = np.cumsum([part.shape[-1] for part in parts])[:-1].tolist()
         kernels = jnp.split(whole(self.kernel, self.dtype), places)
@@ -77,16 +78,11 @@ class Linear(nnx.Module):
         Of long samples the gate's gradient comes from the kernel's and not from the result: blocks that make their
         activations again leave this product out, and others need not keep its result.
         """
-        if parts[0].shape[1] < MANY_ROWS or is_split_along_tensor():
+        if parts[0].shape[1] < MANY_ROWS or not self.is_kernel_all or is_split_along_tensor():
             return gate * self.joined(parts)
         x = _side_by_side(parts)
         bias = None if self.bias is None else whole(self.bias, self.dtype)
         return _gated(x.astype(self.dtype), whole(self.kernel, self.dtype), bias, gate)
-
-
-def is_split_along_tensor() -> bool:
-    """Returns whether the mesh splits columns of kernels over several devices."""
-    return get_abstract_mesh().shape.get("tensor", 1) > 1
 
 
 def _side_by_side(parts: Sequence[Array]) -> Array:

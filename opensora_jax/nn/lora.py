@@ -6,7 +6,7 @@ else: rematerialisation, sharding and casts treat them alike, and models do not 
 Source: Hu et al. 2021 (arXiv:2106.09685); names and initial values are those of PEFT.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -43,6 +43,8 @@ class LoRAConfig:
 class LoRALinear(Linear):
     """Returns `base(x) + alpha / rank * lora_B(lora_A(x))`: equal to `base` at the start, where lora_B is zero."""
 
+    is_kernel_all = False
+
     def __init__(self, base: Linear, rank: int, alpha: float | int, *, rngs: nnx.Rngs):
         self.dtype, self.kernel, self.bias = base.dtype, base.kernel, base.bias
         self.scale = alpha / rank
@@ -60,15 +62,6 @@ class LoRALinear(Linear):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
         return super().__call__(x) + self.scale * self.lora_B(self.lora_A(x))
-
-    def split(self, x: Float[Array, "*B D"], places: Sequence[int]) -> list[Float[Array, "*B _"]]:
-        return jnp.split(self(x), places, axis=-1)
-
-    def joined(self, parts: Sequence[Float[Array, "*B _"]]) -> Float[Array, "*B E"]:
-        return self(jnp.concatenate(parts, axis=-1))
-
-    def gated(self, parts: Sequence[Float[Array, "B L _"]], gate: Float[Array, "B 1 E"]) -> Float[Array, "B L E"]:
-        return gate * self.joined(parts)  # the kernel has no gradient from which the gate's could come
 
 
 def linear_layers(model: nnx.Module) -> dict[Path, tuple[int, ...]]:

@@ -20,6 +20,7 @@ from opensora_jax.kernels.blocks import LANES
 from opensora_jax.kernels.choice import choose_kernel, left_to_compiler, platform
 from opensora_jax.nn.norm import RMSNorm
 from opensora_jax.nn.rope import Table, rotate_pairs
+from opensora_jax.parallel.gather import is_split_along_tensor
 
 Heads = Float[Array, "B L N K"]
 
@@ -28,7 +29,7 @@ def normed_and_rotated(x: Heads, norm: RMSNorm, table: Table, rotate: Callable[[
     """Returns `rotate(norm(x), table)`, in the dtype of `x`."""
     heads, channels = x.shape[2:]
     mesh, pairs = get_abstract_mesh(), rotate is rotate_pairs
-    split = mesh.shape.get("tensor", 1) > 1
+    split = is_split_along_tensor()
     is_ours = heads % mesh.shape["tensor"] == 0 if split else choose_kernel(channels).backend == "flash"
     if platform() != "tpu" or channels % LANES or not is_ours:
         return rotate(norm(x), table)

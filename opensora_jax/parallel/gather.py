@@ -50,15 +50,18 @@ def split_module(
     return [variable.get_value() for variable in variables], [_only(spec, "fsdp") for spec in specs], rebuild
 
 
+def is_split_along_tensor() -> bool:
+    """Returns whether the mesh splits heads and columns of kernels over several devices."""
+    return get_abstract_mesh().shape.get("tensor", 1) > 1
+
+
 def replicated(x: Array) -> Array:
     """Returns an array that all devices along the `tensor` axis hold whole.
 
     For what is small and multiplies what is large and whole: the compiler would split the large one as the small one
     is, and gather it again in front of the next product.
     """
-    if get_abstract_mesh().shape.get("tensor", 1) == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if is_split_along_tensor() else x
 
 
 def over_tensor(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -66,7 +69,7 @@ def over_tensor(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
     Collectives over other axes would make the compiler gather what `tensor` splits, were it left to it.
     """
-    if get_abstract_mesh().shape["tensor"] == 1:
+    if not is_split_along_tensor():
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"}, check_vma=False)
 

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from opensora_jax.config.errors import UserError
 from opensora_jax.kernels.attention import attention
 from opensora_jax.kernels.choice import left_to_compiler
-from opensora_jax.parallel.gather import split_module
+from opensora_jax.parallel.gather import is_split_along_tensor, split_module
 from opensora_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, check_heads, data_shards, token_axis
 from opensora_jax.parallel.ring import ring_attention
 from opensora_jax.parallel.tokens import SharedTokens, length, pad, token_specs
@@ -74,7 +74,7 @@ def attend(q: Heads, k: Heads, v: Heads, shared: SharedTokens | None) -> Heads:
     if shared is not None:
         check_heads(q.shape[2], mesh)
         method = attention if shared.shards == 1 else partial(METHODS[shared.axis], shared=shared)
-    if mesh.shape.get("tensor", 1) == 1:
+    if not is_split_along_tensor():
         return method(q, k, v)
     heads = PartitionSpec(None, None, "tensor")
     if q.shape[2] % mesh.shape["tensor"]:
