@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from opensora_jax.data.media.ffmpeg_process import binary
 from opensora_jax.data.media.video_writer import write_video
 from opensora_jax.data.table import probing, records
 from opensora_jax.inference import outputs
-from tests.environment import cpu_devices
+from tests.environment import cpu_devices, free_port
 
 ROOT = Path(__file__).parents[1]
 SERVER = """
@@ -351,10 +350,7 @@ def test_two_processes_sample_what_one_does(world, command, tmp_path):
 
 def together(name: str, *arguments: str, processes: int = 2) -> list[str]:
     """Runs a command in processes of two devices each that find each other; returns what each printed."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = [f"coordinator_address=localhost:{port}", f"num_processes={processes}"]
+    shared = [f"coordinator_address=localhost:{free_port()}", f"num_processes={processes}"]
     line, started = [sys.executable, "-m", f"opensora_jax.{name}", *arguments], []
     for number in range(processes):
         many = setting("distributed", *shared, f"process_id={number}")

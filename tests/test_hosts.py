@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from opensora_jax.data.cache.latent_writer import LatentWriter
 from opensora_jax.data.cache.latents import CacheInfo
 from opensora_jax.data.plan.buckets import Bucket
 from opensora_jax.training.metrics import read_metrics
-from tests.environment import cpu_devices
+from tests.environment import cpu_devices, free_port
 
 ROOT = Path(__file__).parents[1]
 CLIPS, STEPS = 40, 12
@@ -47,9 +46,7 @@ def latents(tmp_path_factory) -> Path:
 
 def start(latents: Path, workdir: Path, mesh: tuple[int, int], processes: int = 2, parts: int = 1) -> list:
     """Starts the processes of a run; each writes its messages to a file in the workdir's folder."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = [f"--config.latents={latents}", f"--config.workdir={workdir}", *SIZE]
     flags += [f"--config.mesh.data={mesh[0]}", f"--config.mesh.fsdp={mesh[1]}", f"--config.accumulation_steps={parts}"]
     command = [sys.executable, "-m", "opensora_jax.train", "--config=configs/diffusion/train/demo.py", *flags]

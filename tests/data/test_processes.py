@@ -5,7 +5,6 @@ The mesh has 4 devices each time, divided among processes that find each other o
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.data.read_steps import DEVICES, START, STEPS, Noise, digest, make_plan
-from tests.environment import cpu_devices
+from tests.environment import cpu_devices, free_port
 
 ROOT = Path(__file__).parents[2]
 PLAN = make_plan(DEVICES)
@@ -22,9 +21,7 @@ BAD = [int(PLAN[START + 1].sample_ids[1]), int(PLAN[START + 5].sample_ids[-1])]
 
 
 def start_processes(count):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     environment = os.environ | {
         **cpu_devices(DEVICES // count),
         "PYTHONPATH": str(ROOT),

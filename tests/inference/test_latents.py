@@ -1,7 +1,6 @@
 """Encoding a table's clips: whoever does it, and however often it is killed, the files are the same."""
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from opensora_jax.inference.latents import (
     missing,
     write_latents,
 )
+from tests.environment import free_port
 from tests.inference.fakes import BUCKETS, COUNT, Autoencoder, clip_of, clip_table, clip_work
 
 ALONE = (0, 1)
@@ -116,9 +116,7 @@ def start(folder, index=0, address="", seconds=0.0):
 
 
 def test_two_processes_share_the_work_and_give_the_files_of_one(whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     processes = [start(tmp_path, index, address) for index in range(2)]
     said = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said

@@ -111,11 +111,11 @@ def test_a_mesh_gives_the_loss_curve_of_one_device(name, steps):
 
 def gradients(config, mesh):
     """Returns the compiled program of the gradient of a model's mean square."""
-    return compiled(config, mesh, lambda model, inputs: jnp.mean(model(**inputs) ** 2), jax.grad)
+    return compiled(config, mesh, lambda model, inputs: jnp.mean(model(**inputs) ** 2), gradient=True)
 
 
-def compiled(config, mesh, measure, of=lambda function: function):
-    """Returns the compiled program of what `of` makes of `measure(model, inputs)` as a function of parameters."""
+def compiled(config, mesh, measure, *, gradient=False):
+    """Returns the compiled program of `measure(model, inputs)`, or of its gradient, split as parameters are."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))))
     shardings = param_shardings(params, mesh)
     params = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, shardings)
@@ -126,9 +126,12 @@ def compiled(config, mesh, measure, of=lambda function: function):
         "pooled": jax.ShapeDtypeStruct((BATCH, 5), jnp.float32, sharding=batch_sharding(mesh)),
     }
 
-    run = of(lambda params, inputs: measure(nnx.merge(graphdef, params), inputs))
+    def run(params, inputs):
+        return measure(nnx.merge(graphdef, params), inputs)
+
+    run = jax.jit(jax.grad(run), out_shardings=shardings) if gradient else jax.jit(run)
     with jax.set_mesh(mesh):
-        return jax.jit(run).lower(params, inputs).compile().as_text()
+        return run.lower(params, inputs).compile().as_text()
 
 
 def collectives(program, kind):

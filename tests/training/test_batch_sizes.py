@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.training import batch_sizes
 from opensora_jax.training.batch_sizes import AutoBatchConfig, BatchSizes, largest_fitting, scaled
 from opensora_jax.training.programs import GIB, Program, Programs, TooLargeError
-from tests.environment import cpu_devices
+from tests.environment import cpu_devices, free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {"48px": {129: (1.0, "auto"), 33: ((1.0, 0.5), "auto"), 1: (0.5, 7)}}
@@ -364,9 +363,7 @@ print(sizes == again, len(measure.calls), sorted(sizes.values()))
 
 def test_all_processes_take_what_the_first_one_finds_and_it_alone_writes(tmp_path):
     """Each has a folder of its own, as if there were no shared disk."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     flags = cpu_devices(2) | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     started = [
         subprocess.Popen(
