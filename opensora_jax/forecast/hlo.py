@@ -85,7 +85,7 @@ class Module:
         self.entry = ""
         lines: list[str] | None = None
         for line in text.splitlines():
-            if lines is not None and line == "}":
+            if lines is not None and (line == "}" or line.startswith("}, execution_thread=")):
                 lines = None
             elif lines is not None and line.startswith("  "):
                 lines.append(line)

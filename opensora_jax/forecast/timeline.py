@@ -16,6 +16,7 @@ from opensora_jax.forecast.hlo import COLLECTIVES, HOST, PRODUCTS, Instruction, 
 from opensora_jax.forecast.moved import device_bytes, moved_bytes
 from opensora_jax.forecast.traffic import Collective, Network, axes_of, read_collective
 
+ASIDE = ("async-start", "call-start")  # a computation beside the rest, as on a SparseCore
 COPIES = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")  # between memories
 FREE = {  # neither arithmetic nor memory
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all"),
@@ -144,7 +145,7 @@ class _Walk:
             self.span.add(self.t._span(one.called_as("body"), self.known), 1 if trips is None else trips)
         elif one.opcode == "conditional":  # the longest: an update that is not left out
             self.span.add(max((self.t._span(name, self.known) for name in one.called), key=lambda s: s.seconds), 1)
-        elif one.opcode in ("call", "async-start") and not list(fused(self.t.module, one)):
+        elif one.opcode in ("call", *ASIDE) and not list(fused(self.t.module, one)):
             for name in one.called:
                 self.span.add(self.t._span(name, self.known), 1)
         elif one.opcode in COLLECTIVES:
@@ -180,8 +181,8 @@ class _Walk:
             if place == first:
                 operands = {other.name: other for name in one.called for other in self.t.module[name]}
                 collective = read_collective(inner, operands, len(self.t.network.places))
-                key = one.name if one.opcode == "async-start" else chain
-                self.pending[key] = self._send(collective, overlapped=last > first or one.opcode == "async-start")
+                key = one.name if one.opcode in ASIDE else chain
+                self.pending[key] = self._send(collective, overlapped=last > first or one.opcode in ASIDE)
             if place == last and one.opcode == "fusion":
                 self._wait(self.pending.pop(chain, 0.0), "exposed")
 

@@ -63,6 +63,18 @@ def test_one_that_starts_early_runs_beside_what_follows(beside, waited):
     assert found.traffic[0].overlapped == 1
 
 
+def test_one_on_a_sparse_core_runs_beside_what_follows():
+    inner = f"  ROOT %g = bf16[80000000]{{0}} all-gather(%q), {GATHER}\n"
+    head = "%aside (q: bf16[40000000]) -> bf16[80000000] {\n  %q = bf16[40000000]{0} parameter(0)\n"
+    aside = f'{head}{inner}}}, execution_thread="sparsecore"\n\n'
+    call = 'call-start(%x), async_execution_thread="sparsecore", to_apply=%aside'
+    start = f"  %s = ((bf16[40000000]), bf16[80000000]) {call}\n"
+    done = "  %d = bf16[80000000]{0} call-done(%s)\n"
+    found = span(program(start, fusion("a", "p"), done, fusion("b", "a"), before=aside))
+    assert (found.seconds, found.exposed) == (pytest.approx(2e-3), pytest.approx(0, abs=1e-9))
+    assert (found.traffic[0].times, found.traffic[0].overlapped) == (1, 1)
+
+
 def test_two_at_a_time_share_the_network():
     starts = [f"  %s{n} = (bf16[40000000], bf16[80000000]) all-gather-start(%x), {GATHER}\n" for n in range(2)]
     dones = [f"  %d{n} = bf16[80000000]{{0}} all-gather-done(%s{n})\n" for n in range(2)]
