@@ -95,6 +95,7 @@ class TrainConfig:
     lora: LoRAConfig | None  # train only thin matrices beside the layers it names
     optim: OptimConfig
     accumulation_steps: int  # parts that a step takes a batch in, one after the other
+    compiler_options: dict[str, dict[str, Any]]  # platform: option: value
     ema_decay: float | None
     mesh: MeshConfig
     distributed: DistributedConfig
@@ -103,8 +104,8 @@ class TrainConfig:
     @property
     def recipe(self) -> Recipe:
         """The part that decides the compiled step."""
-        parts = self.model, self.lora, self.optim, self.accumulation_steps, self.ema_decay, self.loop.num_steps
-        return Recipe(self.seed, self.dtype, *parts)
+        parts = self.model, self.lora, self.optim, self.accumulation_steps, self.compiler_options, self.ema_decay
+        return Recipe(self.seed, self.dtype, *parts, self.loop.num_steps)
 
 
 def main(argv: list[str]) -> Path | None:
@@ -181,7 +182,7 @@ def train(stage: Stage) -> None:
     if auto_lines(bucket_config):
         small = "drop" if config.small_buckets == "drop" else "repeat"
         provisional, examples = prepare(with_ones(bucket_config), small)
-        programs = Programs(counting(assembled.step), assembled.abstract, mesh)
+        programs = Programs(counting(assembled.step), assembled.abstract, mesh, config.compiler_options)
         depends = config.recipe.memory | {"encoders": None if config.latents else feed.key}
         sizes = BatchSizes(config.workdir, config.auto_batch, mesh, programs.measure, depends)
         bucket_config = filled(bucket_config, sizes.choose(bucket_config, provisional.plan.buckets, examples))
@@ -189,7 +190,8 @@ def train(stage: Stage) -> None:
     logging.info("%s", batches.plan.describe())
     meta = config.recipe.description | {"latents": feed.key, "plan": batches.plan.hash}
     full = config.lora is None
-    run = Run(config.workdir, "train", config.seed, mesh, config.loop, meta, stage.settings, save_frozen=full)
+    kept = {"save_frozen": full, "compiler_options": config.compiler_options}
+    run = Run(config.workdir, "train", config.seed, mesh, config.loop, meta, stage.settings, **kept)
     state = run.fit(
         assembled.step,
         assembled.init,

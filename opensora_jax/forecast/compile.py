@@ -58,7 +58,7 @@ class _Compiling:
     """One job at work."""
 
     def __init__(self, job: Job, mesh: Mesh, texts: Path):
-        self.job, self.mesh, self.texts = job, mesh, texts
+        self.job, self.mesh, self.texts, self.options = job, mesh, texts, job.options
         self.places = [[int(n) for n in getattr(one, "coords", [i])] for i, one in enumerate(mesh.devices.flat)]
         self.platform = "cuda" if parse_topology(job.topology).chip.is_gpu else "tpu"
         self.kernels: dict[Any, float] = {}
@@ -67,6 +67,7 @@ class _Compiling:
 
     def facts(self) -> Facts:
         program = program_of(self.job, self.mesh)
+        self.options = program.options | self.job.options
         state = {name: programs.bytes_on_a_device(tree) for name, tree in program.state.items()}
         counts, peak, refusal = {program.name: 1}, 0, None
         try:
@@ -109,7 +110,7 @@ class _Compiling:
             return [], self.compiled[name].memory.temporary
         began = time.perf_counter()
         try:
-            compiled = lowered.compile(self.job.options or None)
+            compiled = lowered.compile(self.options or None)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -123,7 +124,7 @@ class _Compiling:
         return jax.tree.leaves(compiled.output_shardings), one.memory.temporary + one.memory.code
 
     def _digest(self, lowered: Any) -> str:
-        told = json.dumps([self.job.topology, self.job.options, versions(), self.places], sort_keys=True)
+        told = json.dumps([self.job.topology, self.options, versions(), self.places], sort_keys=True)
         return hashlib.sha256(told.encode() + lowered.as_text().encode()).hexdigest()[:32]
 
 

@@ -32,6 +32,7 @@ from opensora_jax.training.conditions import CONDITION, ConditionMix
 from opensora_jax.training.diffusion import DropoutRatio, FlowConfig, NullText, Objective
 from opensora_jax.training.flops import forward_flops, training_flops
 from opensora_jax.training.optimizer import OptimConfig
+from opensora_jax.training.programs import jit_step, options_of
 from opensora_jax.training.recipe import Recipe
 from opensora_jax.weights.pretrained import AUTOENCODERS, DENOISERS, TEXT_ENCODERS, parse_dtype, parse_model
 
@@ -46,6 +47,7 @@ class Program(NamedTuple):
     flops: float  # useful ones, on all devices; 0: those that are counted
     samples: int
     tokens: int  # of the denoiser; 0: none
+    options: dict[str, Any]  # of the compiler; the function has them
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class TrainSections:
     lora: LoRAConfig | None
     optim: OptimConfig
     accumulation_steps: int
+    compiler_options: dict[str, dict[str, Any]]
     ema_decay: float | None
     mesh: MeshConfig
     loop: Length
@@ -104,8 +107,8 @@ class TrainSections:
     @property
     def recipe(self) -> Recipe:
         """The part that decides the step's function."""
-        parts = self.model, self.lora, self.optim, self.accumulation_steps, self.ema_decay, self.loop.num_steps
-        return Recipe(self.seed, self.dtype, *parts)
+        parts = self.model, self.lora, self.optim, self.accumulation_steps, self.compiler_options, self.ema_decay
+        return Recipe(self.seed, self.dtype, *parts, self.loop.num_steps)
 
 
 @dataclass(frozen=True)
@@ -144,18 +147,18 @@ def training_step(sections: TrainSections, bucket: Bucket, mesh: Mesh) -> Progra
     network = sections.recipe.network
     objective, batch = training_inputs(sections, bucket, mesh)
     assembled = sections.recipe.assemble(objective, mesh, pretrained=False)
-    state = assembled.abstract
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    state, options = assembled.abstract, options_of(mesh, sections.compiler_options)
     parts = {"parameters": state.params, "average": state.ema, "optimiser": state.opt_state, "frozen": state.frozen}
     samples, video, words = len(batch["pooled"]), video_tokens(batch["latent"].shape, network), batch["text"].shape[1]
     return Program(
         "train",
-        jax.jit(assembled.step, donate_argnums=0, out_shardings=(placed, None)),
+        jit_step(assembled.step, state, options),
         (state, batch, key(mesh)),
         parts | {"batch": batch},
         float(samples * training_flops(network, video, words)),
         samples,
         samples * (video + words),
+        options,
     )
 
 
@@ -261,6 +264,7 @@ def sampling_step(sections: SampleSections, branches: tuple[str, ...], mesh: Mes
         float(rows * len(branches) * forward_flops(network, video, words)),
         rows,
         rows * len(branches) * (video + words),
+        {},
     )
 
 
@@ -288,6 +292,7 @@ def decode(sections: SampleSections, mesh: Mesh) -> Program:
         0.0,
         rows,
         0,
+        {},
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +21,7 @@ from opensora_jax.training.metrics import open_metrics
 from opensora_jax.training.periodic import Periodic, look_at
 from opensora_jax.training.preemption import Preemption
 from opensora_jax.training.profiling import ProfileConfig, Profiler
-from opensora_jax.training.programs import AbstractBatch, Programs
+from opensora_jax.training.programs import AbstractBatch, CompilerOptions, Programs
 from opensora_jax.training.state import TrainState
 from opensora_jax.training.throughput import Throughput, Work
 from opensora_jax.training.wandb_writer import WandbConfig
@@ -83,6 +83,7 @@ class Run:
     meta: dict[str, Any]
     settings: dict[str, Any]
     save_frozen: bool = True
+    compiler_options: CompilerOptions = field(default_factory=dict)
 
     def fit(
         self,
@@ -107,7 +108,7 @@ class Run:
         refuses a checkpoint.
         """
         with jax.set_mesh(self.mesh):
-            programs = Programs(counting(step), abstract, self.mesh)
+            programs = Programs(counting(step), abstract, self.mesh, self.compiler_options)
             goes_on = self.config.on_full_disk == "go_on"
             kept = self.config.keep_n_latest, self.config.keep_every
             checkpoints = Checkpoints(self.workdir, *kept, goes_on=goes_on)

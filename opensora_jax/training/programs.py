@@ -20,7 +20,10 @@ from opensora_jax.parallel.batch import batch_size
 
 GIB = 2**30
 
+UNKNOWN_OPTION = "No such compile option"  # as XLA says it
+
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
+CompilerOptions = Mapping[str, Mapping[str, Any]]  # platform -> option -> value
 Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
 
 
@@ -51,13 +54,23 @@ class TooLargeError(UserError):
         self.reason = reason
 
 
+def jit_step(step: Callable, abstract: Any, options: Mapping[str, Any]) -> Any:
+    """Returns the step as a function to compile, its state given away; `options` are the compiler's."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=dict(options))
+
+
+def options_of(mesh: Mesh, options: CompilerOptions) -> dict[str, Any]:
+    """Returns the options for the compiler of the mesh's devices."""
+    return dict(options.get(mesh.devices.flat[0].platform, {}))
+
+
 class Programs:
     """Calls the step `(state, batch, key) -> (state, metrics)` in the form that was compiled for the batch's shapes."""
 
-    def __init__(self, step: Callable, abstract: Any, mesh: Mesh):
+    def __init__(self, step: Callable, abstract: Any, mesh: Mesh, options: CompilerOptions | None = None):
         self.mesh, self._abstract = mesh, abstract
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        self._step = jit_step(step, abstract, options_of(mesh, options or {}))
         self._compiled: dict[Shapes, tuple[str, Any]] = {}  # the bucket and its program
 
     def compile(self, examples: Mapping[str, AbstractBatch]) -> list[Program]:
@@ -98,9 +111,12 @@ class Programs:
         try:
             compiled = self._step.lower(self._abstract, batch, self.key(0)).compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise TooLargeError(name, str(error).splitlines()[0]) from error
+            reason = str(error).splitlines()[0]
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise TooLargeError(name, reason) from error
+            if UNKNOWN_OPTION in reason:
+                raise UserError(f"{reason}. Take it out of config.compiler_options") from error
+            raise
         memory: Any = compiled.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         program = Program(

@@ -14,6 +14,7 @@ from opensora_jax.models.mmdit import MMDiTConfig
 from opensora_jax.nn.lora import LoRAConfig
 from opensora_jax.training.loop import Step
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
+from opensora_jax.training.programs import CompilerOptions
 from opensora_jax.training.state import Loss, TrainState, make_train_step, plan_state
 from opensora_jax.weights.lora import base_and_lora, frozen_parameters, with_lora
 from opensora_jax.weights.pretrained import DENOISERS, describe, initial_weights, parse_dtype, parse_model
@@ -38,6 +39,7 @@ class Recipe:
     lora: LoRAConfig | None
     optim: OptimConfig
     accumulation_steps: int
+    compiler_options: CompilerOptions
     ema_decay: float | None
     num_steps: int
 
@@ -57,7 +59,8 @@ class Recipe:
         """What the memory of a step follows from, beside the mesh and the batch."""
         optim = {"cls": self.optim.cls, "moments_dtype": self.optim.moments_dtype, "freeze": self.optim.freeze}
         found = {"dtype": self.dtype, "model": asdict(self.network), "lora": self.lora and asdict(self.lora)}
-        return found | {"optim": optim, "parts": self.accumulation_steps, "ema": self.ema_decay is not None}
+        found |= {"optim": optim, "parts": self.accumulation_steps, "ema": self.ema_decay is not None}
+        return found | {"compiler_options": self.compiler_options}
 
     def assemble(self, loss: Loss, mesh: Mesh, *, pretrained: bool = True) -> Assembled:
         """Returns the step that lowers a loss, with the state that it moves; nothing is allocated before `init`.

@@ -59,6 +59,13 @@ def test_a_step_that_does_not_fit_is_refused_with_what_would(mesh, state, monkey
         Programs(step, abstract(state), mesh).compile({"short": shapes(3, mesh), "long": shapes(500, mesh)})
 
 
+def test_the_compiler_gets_the_options_of_the_platform(mesh, state):
+    example = {"short": shapes(3, mesh)}
+    Programs(step, abstract(state), mesh, {"tpu": {"xla_no_such_option": True}}).compile(example)
+    with pytest.raises(UserError, match=r"No such compile option: 'xla_no_such_option'.*config\.compiler_options"):
+        Programs(step, abstract(state), mesh, {"cpu": {"xla_no_such_option": True}}).compile(example)
+
+
 def test_one_process_reads_all_samples(mesh):
     assert data_share(mesh) == (0, 1)
     assert batch_sharding(mesh).shard_shape((8,)) == (2,)
