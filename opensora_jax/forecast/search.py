@@ -1,4 +1,4 @@
-"""Other meshes, batch sizes and recomputation for one bucket: which of them are worth a compile.
+"""Other meshes, batch sizes, parts and recomputation for one bucket: which of them are worth a compile.
 
 All that the topology and the network allow are put in order by a rough sum of arithmetic and traffic; those whose state
 and activations cannot fit are left out. The best few are then compiled: their forecasts count, and the sums do not.
@@ -8,6 +8,7 @@ Rules are those of docs/parallel.md: `fsdp` is a part of a slice and not all of 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ UNREMATTED = 12.0  # its input, q, k, v, attention, two projections, the MLP's f
 WORKING = 30.0  # of a block at work, forwards and backwards
 COMPUTE, LINKS = 0.55, 0.7  # shares of the peaks that the order of candidates takes for granted
 HOST_WAITED = 0.4  # share of the copies to the host and back that compiled steps wait for
+MOST_PARTS = 8
 PER_MESH = 2  # candidates of one mesh, so that others have their turn
 
 
@@ -76,8 +78,13 @@ class Work:
         kept = KEPT[policy] if min(blocks) else UNREMATTED
         return state + width * (depth * kept + WORKING / mesh["tensor"])
 
-    def seconds(self, mesh: Mapping[str, Any], samples: int, policy: str, blocks: tuple[int, int]) -> float:
-        """Returns about what a step takes for each of its samples, per device: only the order counts."""
+    def seconds(
+        self, mesh: Mapping[str, Any], samples: int, policy: str, blocks: tuple[int, int], parts: int = 1
+    ) -> float:
+        """Returns about what a step takes for each of its samples, per device: only the order counts.
+
+        `samples` are those of a data shard and a part.
+        """
         chip, net = self.topology.chip, self.network
         forward = forward_flops(net, self.video, self.text)
         attention = 4 * (self.video + self.text) ** 2 * net.hidden_size * (net.depth + net.depth_single_blocks)
@@ -92,7 +99,7 @@ class Work:
         if mesh["fsdp"] > 1:  # two or three gathers in bfloat16 and a scatter in float32
             sent += self.parameters * (2 * (3 if min(blocks) else 2) + 4) / mesh["tensor"]
         if mesh["data"] > 1:
-            sent += 2 * 4 * self.parameters / (mesh["fsdp"] * mesh["tensor"])
+            sent += 2 * 4 * self.parameters / (mesh["fsdp"] * mesh["tensor"] * parts)
         passes = 4 if min(blocks) and policy == "full" else 3
         if mesh["seq"] > 1:
             around = 4 * (1 - 1 / mesh["seq"]) if mesh["seq_method"] == "ulysses" else 2 * (mesh["seq"] - 1)
@@ -107,7 +114,8 @@ class Work:
 def candidates(job: Job, topology: Topology, count: int, memory_bytes: int) -> list[Candidate]:
     """Returns the most promising ways to run a training job, the best first."""
     work = Work.of(job, topology)
-    samples = job.subject["batch_size"] * job.sections["mesh"]["data"] * job.sections["mesh"]["fsdp"]
+    rows = job.subject["batch_size"] * job.sections["accumulation_steps"]
+    samples = rows * job.sections["mesh"]["data"] * job.sections["mesh"]["fsdp"]
     found = [one for one in _all(job, work, samples) if one.rough_bytes < memory_bytes]
     found.sort(key=lambda one: one.rough_seconds)
     chosen: list[Candidate] = []
@@ -123,24 +131,22 @@ def candidates(job: Job, topology: Topology, count: int, memory_bytes: int) -> l
 def _all(job: Job, work: Work, samples: int) -> Iterator[Candidate]:
     for mesh in meshes(work.topology, work.network.num_heads):
         shards = mesh["data"] * mesh["fsdp"]
+        axes = " x ".join(f"{name} {mesh[name]}" for name in ("data", "fsdp", "seq", "tensor") if mesh[name] > 1)
+        method = f" ({mesh['seq_method']})" if mesh["seq"] > 1 else ""
         for wanted in (samples, 2 * samples, samples // 2):
-            size = wanted // shards
-            if not size or size * shards != wanted:
+            if not wanted or wanted % shards:
                 continue
-            for policy, blocks in POLICIES:
+            for parts, (policy, blocks) in product(_divisors(wanted // shards, MOST_PARTS), POLICIES):
+                size = wanted // shards // parts
                 model = job.sections["model"] | {"remat_policy": policy, "grad_ckpt_settings": blocks}
-                sections = job.sections | {"mesh": mesh, "model": model}
+                sections = job.sections | {"mesh": mesh, "model": model, "accumulation_steps": parts}
                 subject = job.subject | {"batch_size": size}
-                axes = " x ".join(
-                    f"{name} {mesh[name]}" for name in ("data", "fsdp", "seq", "tensor") if mesh[name] > 1
-                )
-                method = f" ({mesh['seq_method']})" if mesh["seq"] > 1 else ""
                 kept = policy if min(blocks) else "no recomputation"
-                settings = f"{axes or 'one device'}{method}, batch size {size}, {kept}"
+                settings = f"{axes or 'one device'}{method}, batch size {size} x {parts}, {kept}"
                 yield Candidate(
                     replace(job, title=settings, sections=sections, subject=subject),
                     settings,
-                    work.seconds(mesh, size, policy, blocks),
+                    work.seconds(mesh, size, policy, blocks, parts),
                     work.bytes(mesh, size, policy, blocks),
                 )
 

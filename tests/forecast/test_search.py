@@ -38,9 +38,19 @@ def test_the_best_come_first_and_every_mesh_has_its_turn():
     assert max(tried.count(mesh) for mesh in tried) <= 2
     for one in found:
         sections = build(programs.TrainSections, one.job.sections, "config")
-        samples = one.job.subject["batch_size"] * sections.mesh.data * sections.mesh.fsdp
+        size, parts = one.job.subject["batch_size"], sections.accumulation_steps
+        samples = size * parts * sections.mesh.data * sections.mesh.fsdp
         assert samples in (8, 16, 32)  # those of the config, the half and twice
-        assert f"batch size {one.job.subject['batch_size']}" in one.settings
+        assert f"batch size {size} x {parts}" in one.settings
+
+
+def test_where_memory_is_short_a_step_is_taken_in_parts():
+    asked, topology = job(), parse_topology("v5e:1x1")
+    mesh = {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1, "seq_method": "ulysses"}
+    limit = Work.of(asked, topology).bytes(mesh, 2, "offload", (9, 9))  # of two samples at once
+    found = candidates(asked, topology, 5, int(limit))
+    taken = {(one.job.subject["batch_size"], one.job.sections["accumulation_steps"]) for one in found}
+    assert taken == {(1, 8)}  # half of the 16 samples, in as many parts as are tried
 
 
 def test_what_cannot_fit_is_left_out():

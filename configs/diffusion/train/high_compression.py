@@ -4,7 +4,8 @@
         --config.model.from_pretrained=outputs/stage1/diffusion
 
 Hardware: a pod, such as a v5p-128 (64 chips: 2 x 32 of data and fsdp).
-Source: hpcaitech/Open-Sora, `configs/diffusion/train/high_compression.py`.
+Source: hpcaitech/Open-Sora, `configs/diffusion/train/high_compression.py`: its batches, in two parts (and so 2 videos
+of 68 to 96 frames in place of 3).
 """
 
 from ml_collections import ConfigDict
@@ -20,14 +21,15 @@ def get_config() -> ConfigDict:
     published = high_compression.get_config()
     config.folder = "outputs/high_compression"
     config.model = published.model
-    config.model.update(strict_load=False, grad_ckpt_settings=(100, 100), remat_policy="offload")
+    config.model.update(strict_load=False, grad_ckpt_settings=(100, 100), remat_policy="save_attention")
     config.model.from_pretrained = placeholder(str)  # to start from: a workdir or a published file
     config.ae = published.ae
     config.dataset.spatial_unit = 32
     config.condition_config.update(t2v=1.0, i2v_head=7.0)
     config.bucket_config = {
-        "768px": {1: (1.0, 20)} | rows(1.0, (16, 32, 8), (36, 64, 4), (68, 96, 3), (100, 128, 2)),
+        "768px": {1: (1.0, 10)} | rows(1.0, (16, 32, 4), (36, 64, 2), (68, 128, 1)),
     }
+    config.accumulation_steps = 2
     config.preview.sampling_option = published.sampling_option
     config.optim.lr = 3e-5
     config.loop.ckpt_every = 250

@@ -5,10 +5,10 @@
         --config.model.from_pretrained=ckpts/flux1-dev.safetensors --config.model.layout=flux
 
 The table is `outputs/image/meta.parquet`; `--config.latents=` (empty) trains from the files, without a cache.
-Hardware: a pod, such as a v5p-128 (64 chips: 2 x 32 of data and fsdp). Every block recomputes its activations from what
-lies in the hosts' memory, which fits chips of 32 GB. Where there is more, as on a v5p,
-`--config.model.remat_policy=save_attention` is a tenth faster (forecasts in docs/performance.md).
-Source: hpcaitech/Open-Sora, `configs/diffusion/train/image.py`: its numbers, but `num_steps` in place of 1000 epochs.
+Hardware: a pod, such as a v5p-128 (64 chips: 2 x 32 of data and fsdp). Every block recomputes all but attention, and a
+step takes its batch in three parts, which fits chips of 32 GB (forecasts in docs/performance.md).
+Source: hpcaitech/Open-Sora, `configs/diffusion/train/image.py`: its numbers, but `num_steps` in place of 1000 epochs,
+and three parts of 17, 4 and 2 images in place of 50, 11 and 7 at once.
 """
 
 from importlib import import_module
@@ -38,12 +38,15 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"
     published = import_module("configs.diffusion.inference.256px").get_config()
     config.model = published.model
-    config.model.update(strict_load=False, cond_embed=False, grad_ckpt_settings=(100, 100), remat_policy="offload")
+    config.model.update(
+        strict_load=False, cond_embed=False, grad_ckpt_settings=(100, 100), remat_policy="save_attention"
+    )
     config.model.from_pretrained = placeholder(str)  # to start from: a workdir or a published file
     config.ae, config.t5, config.clip = published.ae, published.t5, published.clip
     config.dataset.update(fps_max=24.0, spatial_unit=16, cache_bytes=0)
     config.encode.update(batch_size=8, posterior="sample", seed=42, fps_suffix=True, motion_score="score_vmafmotion")
-    config.bucket_config = {"256px": {1: (1.0, 50)}, "768px": {1: (0.5, 11)}, "1024px": {1: (0.5, 7)}}
+    config.bucket_config = {"256px": {1: (1.0, 17)}, "768px": {1: (0.5, 4)}, "1024px": {1: (0.5, 2)}}
+    config.accumulation_steps = 3
     config.loader.update(num_workers=12, prefetch=2)
     config.small_buckets = "drop"
     config.flow.update(stratified=False)

@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.bucket_config = {"256px": rows(1.0, (33, 129, 1))}
     config.preview.sampling_option.num_frames = 33
     config.optim.lr = 1e-4
+    config.accumulation_steps = 1
     config.mesh.update(data=-1, fsdp=1)
     config.loop.update(num_steps=2000, ckpt_every=250, keep_n_latest=2)
     return config

@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
     config = image.get_config()
     config.folder = "outputs/stage2"
     config.mesh.update(fsdp=16, seq=4)
+    config.model.remat_policy = "offload"  # 129 frames of 768px fill a chip of 32 GB with one video
+    config.accumulation_steps = 1
     config.bucket_config = {
         "256px": {1: (1.0, 130)} | rows(1.0, (5, 33, 14), (37, 65, 10), (73, 97, 7), (101, 129, 6)),
         "768px": {1: (1.0, 38)} | rows(1.0, (5, 33, 6), (37, 65, 4), (69, 97, 3), (101, 129, 2)),
