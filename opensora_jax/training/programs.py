@@ -20,8 +20,6 @@ from opensora_jax.parallel.batch import batch_size
 
 GIB = 2**30
 
-UNKNOWN_OPTION = "No such compile option"  # as XLA says it
-
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 CompilerOptions = Mapping[str, Mapping[str, Any]]  # platform -> option -> value
 Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
@@ -70,7 +68,8 @@ class Programs:
 
     def __init__(self, step: Callable, abstract: Any, mesh: Mesh, options: CompilerOptions | None = None):
         self.mesh, self._abstract = mesh, abstract
-        self._step = jit_step(step, abstract, options_of(mesh, options or {}))
+        self._options = options_of(mesh, options or {})
+        self._step = jit_step(step, abstract, self._options)
         self._compiled: dict[Shapes, tuple[str, Any]] = {}  # the bucket and its program
 
     def compile(self, examples: Mapping[str, AbstractBatch]) -> list[Program]:
@@ -114,8 +113,8 @@ class Programs:
             reason = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise TooLargeError(name, reason) from error
-            if UNKNOWN_OPTION in reason:
-                raise UserError(f"{reason}. Take it out of config.compiler_options") from error
+            if any(option in reason for option in self._options):
+                raise UserError(f"{reason.rstrip('.')}: change config.compiler_options") from error
             raise
         memory: Any = compiled.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

@@ -64,6 +64,8 @@ def test_the_compiler_gets_the_options_of_the_platform(mesh, state):
     Programs(step, abstract(state), mesh, {"tpu": {"xla_no_such_option": True}}).compile(example)
     with pytest.raises(UserError, match=r"No such compile option: 'xla_no_such_option'.*config\.compiler_options"):
         Programs(step, abstract(state), mesh, {"cpu": {"xla_no_such_option": True}}).compile(example)
+    with pytest.raises(UserError, match=r"xla_cpu_use_fusion_emitters.*config\.compiler_options"):
+        Programs(step, abstract(state), mesh, {"cpu": {"xla_cpu_use_fusion_emitters": "perhaps"}}).compile(example)
 
 
 def test_one_process_reads_all_samples(mesh):
