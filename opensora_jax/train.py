@@ -190,8 +190,8 @@ def train(stage: Stage) -> None:
     logging.info("%s", batches.plan.describe())
     meta = config.recipe.description | {"latents": feed.key, "plan": batches.plan.hash}
     full = config.lora is None
-    kept = {"save_frozen": full, "compiler_options": config.compiler_options}
-    run = Run(config.workdir, "train", config.seed, mesh, config.loop, meta, stage.settings, **kept)
+    settings, options = stage.settings, config.compiler_options
+    run = Run(config.workdir, "train", config.seed, mesh, config.loop, meta, settings, full, options)
     state = run.fit(
         assembled.step,
         assembled.init,

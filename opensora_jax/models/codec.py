@@ -5,8 +5,6 @@ Methods run outside `jax.jit`: networks compile their own parts, and tiles, wher
 among the devices, each of which takes whole ones.
 """
 
-import functools
-import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Key, UInt8
 from opensora_jax.config.errors import UserError
 from opensora_jax.parallel.batch import to_host, video_sharding
 from opensora_jax.parallel.samples import group_sharding, groups_at_once
+from opensora_jax.parallel.warn import warn_once
 
 Bytes = UInt8[Array, "B T H W 3"] | UInt8[np.ndarray, "B T H W 3"]
 Pixels = Float[Array, "B T H W 3"] | Float[np.ndarray, "B T H W 3"]
@@ -128,17 +127,12 @@ def sharding(autoencoder: Any, mesh: Mesh, batch: int, rows: int, columns: int) 
         if groups_at_once(mesh, batch) > 1:
             return group_sharding(mesh, batch)
         if batch % mesh.size:
-            _announce_same_tiles(mesh.size, batch)
+            warn_once(
+                "the %d devices go through the tiles of %d videos together, one after the other: with a number of "
+                "videos that divides the devices each takes tiles of its own",
+                *(mesh.size, batch),
+            )
     return video_sharding(mesh, batch, rows, columns)
-
-
-@functools.cache
-def _announce_same_tiles(devices: int, batch: int) -> None:
-    logging.getLogger("absl").warning(
-        "the %d devices go through the tiles of %d videos together, one after the other: with a number of videos that "
-        "divides the devices each takes tiles of its own",
-        *(devices, batch),
-    )
 
 
 @jax.jit

@@ -1,7 +1,5 @@
 """Host arrays to global arrays: every host brings its slice of the batch, the mesh sees one array."""
 
-import functools
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opensora_jax.parallel.mesh import BATCH_AXES, data_shards
+from opensora_jax.parallel.warn import warn_once
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -34,17 +33,12 @@ def video_sharding(mesh: Mesh, batch: int, height: int, width: int) -> NamedShar
             names[axis].append(name)
             sizes[axis] //= count
         elif count > 1:
-            _announce_idle(name, count, batch, height, width)
+            warn_once(
+                "the %d devices along mesh.%s all do the same work in the autoencoder: neither %d videos nor the %d "
+                "rows or %d columns of their latents divide by it",
+                *(count, name, batch, height, width),
+            )
     return NamedSharding(mesh, PartitionSpec(*(tuple(axes) or None for axes in names.values())))
-
-
-@functools.cache
-def _announce_idle(axis: str, count: int, batch: int, height: int, width: int) -> None:
-    logging.getLogger("absl").warning(
-        "the %d devices along mesh.%s all do the same work in the autoencoder: neither %d videos nor the %d rows or %d "
-        "columns of their latents divide by it",
-        *(count, axis, batch, height, width),
-    )
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:

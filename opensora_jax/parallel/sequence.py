@@ -9,8 +9,6 @@ The mesh is that of JAX's context (`jax.set_mesh`). Without one, or on one devic
 Sources: Jacobs et al. 2023 (DeepSpeed Ulysses, arXiv:2309.14509); ring.py, gather.py.
 """
 
-import functools
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,6 +27,7 @@ from opensora_jax.parallel.gather import is_split_along_tensor, split_module
 from opensora_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, check_heads, data_shards, token_axis
 from opensora_jax.parallel.ring import ring_attention
 from opensora_jax.parallel.tokens import SharedTokens, length, pad, token_specs
+from opensora_jax.parallel.warn import warn_once
 
 Heads = Float[Array, "B L N K"]
 
@@ -79,19 +78,11 @@ def attend(q: Heads, k: Heads, v: Heads, shared: SharedTokens | None) -> Heads:
     heads = PartitionSpec(None, None, "tensor")
     if q.shape[2] % mesh.shape["tensor"]:
         heads = PartitionSpec()
-        _announce_same_heads(q.shape[2], mesh.shape["tensor"])
+        text = "the %d devices along mesh.tensor all compute all %d heads of attention, which they do not divide"
+        warn_once(text, mesh.shape["tensor"], q.shape[2])
     # kernels run where no axis is left to the compiler, not even one of a single device
     left = left_to_compiler(mesh)
     return jax.shard_map(method, in_specs=(heads,) * 3, out_specs=heads, axis_names=left, check_vma=False)(q, k, v)
-
-
-@functools.cache
-def _announce_same_heads(heads: int, tensor: int) -> None:
-    logging.getLogger("absl").warning(
-        "the %d devices along mesh.tensor all compute all %d heads of attention, which they do not divide",
-        tensor,
-        heads,
-    )
 
 
 def ulysses(q: Heads, k: Heads, v: Heads, shared: SharedTokens) -> Heads:

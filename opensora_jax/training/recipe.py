@@ -58,9 +58,15 @@ class Recipe:
     def memory(self) -> dict[str, Any]:
         """What the memory of a step follows from, beside the mesh and the batch."""
         optim = {"cls": self.optim.cls, "moments_dtype": self.optim.moments_dtype, "freeze": self.optim.freeze}
-        found = {"dtype": self.dtype, "model": asdict(self.network), "lora": self.lora and asdict(self.lora)}
-        found |= {"optim": optim, "parts": self.accumulation_steps, "ema": self.ema_decay is not None}
-        return found | {"compiler_options": self.compiler_options}
+        return {
+            "dtype": self.dtype,
+            "model": asdict(self.network),
+            "lora": self.lora and asdict(self.lora),
+            "optim": optim,
+            "parts": self.accumulation_steps,
+            "compiler_options": self.compiler_options,
+            "ema": self.ema_decay is not None,
+        }
 
     def assemble(self, loss: Loss, mesh: Mesh, *, pretrained: bool = True) -> Assembled:
         """Returns the step that lowers a loss, with the state that it moves; nothing is allocated before `init`.

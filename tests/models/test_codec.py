@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.models.codec import Codec, _announce_same_tiles, sharding, to_bytes, to_pixels
+from opensora_jax.models.codec import Codec, sharding, to_bytes, to_pixels
 from opensora_jax.models.posterior import Posterior
 from opensora_jax.nn.tiling import Tiling
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
+from opensora_jax.parallel.warn import warn_once
 
 
 class Halves:
@@ -81,7 +82,7 @@ class Tiled(Halves):
 
 @pytest.mark.parametrize(("batch", "said"), [(3, True), (4, False), (8, False), (16, False)])
 def test_devices_that_cannot_share_tiles_out_are_announced(caplog, batch, said):
-    _announce_same_tiles.cache_clear()
+    warn_once.cache_clear()
     mesh = make_mesh(MeshConfig(8, 1, 1, 1))
     with caplog.at_level(logging.WARNING, "absl"):
         sharding(Tiled(), mesh, batch, 8, 8)
