@@ -81,6 +81,16 @@ def test_a_step_is_forecast_and_a_second_run_compiles_nothing(plan, cache, tmp_p
 
 
 @needs_libtpu
+def test_gathers_and_scatters_run_on_sparse_cores_where_there_are_some(plan, cache, tmp_path):
+    answer = tmp_path / "plan.json"
+    plan(*small(cache, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--topology=v5p:2x2x1", f"--json={answer}"))
+    (program,) = json.loads(answer.read_text())["groups"][0]["programs"]
+    sent = {one["kind"]: one for one in program["collectives"] if one["axis"] == "fsdp"}
+    for kind in ("all-gather", "reduce-scatter"):
+        assert sent[kind]["overlapped"] == sent[kind]["times"] > 0
+
+
+@needs_libtpu
 def test_what_the_compiler_refuses_is_a_result(plan, cache):
     size = "--config.bucket_config['32px_ar1:1'][9]=(1.0,400000)"
     said = plan(*small(cache, size)).stdout
