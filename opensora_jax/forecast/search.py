@@ -101,7 +101,7 @@ class Work:
         if mesh["data"] > 1:
             sent += 2 * 4 * self.parameters / (mesh["fsdp"] * mesh["tensor"] * parts)
         passes = 4 if min(blocks) and policy == "full" else 3
-        if mesh["seq"] > 1:
+        if samples % mesh["seq"]:  # else devices along `seq` have whole samples
             around = 4 * (1 - 1 / mesh["seq"]) if mesh["seq_method"] == "ulysses" else 2 * (mesh["seq"] - 1)
             sent += passes * depth * around * tokens
         if mesh["tensor"] > 1:

@@ -3,7 +3,8 @@
 `per_device` runs a function on what a device holds: its samples (axes `data`, `fsdp`), its part of their text and video
 tokens (`seq`, or `ring`) and its part of the parameters, which layers gather as they go (gather.py). Only `tensor` is
 left to the compiler. The joint sequence comes in another order than on one device, which attention does not notice,
-because rotations follow positions; `attend` is where devices exchange tokens.
+because rotations follow positions; `attend` is where devices exchange tokens. Where the samples of a data shard divide
+by the axis of tokens, it splits these samples instead, and nothing is exchanged.
 The mesh is that of JAX's context (`jax.set_mesh`). Without one, or on one device, the function is called as it is.
 
 Sources: Jacobs et al. 2023 (DeepSpeed Ulysses, arXiv:2309.14509); ring.py, gather.py.
@@ -42,21 +43,23 @@ def per_device(function: Callable, module: nnx.Module, text: Any, video: Any, sa
     mesh = get_abstract_mesh()
     if mesh.empty or data_shards(mesh) * mesh.shape[token_axis(mesh)] == 1:
         return function(module, text, video, samples, None)
-    _check_batch(len(jax.tree.leaves(samples)[0]), mesh)
-    axis = token_axis(mesh)
-    shared = SharedTokens(length(text), length(video), axis, mesh.shape[axis])
+    batch, axis = len(jax.tree.leaves(samples)[0]), token_axis(mesh)
+    _check_batch(batch, mesh)
+    whole = batch // data_shards(mesh) % mesh.shape[axis] == 0  # samples for every device
+    shared = SharedTokens(length(text), length(video), axis, 1 if whole else mesh.shape[axis])
+    rows, columns = ((*BATCH_AXES, axis), None) if whole else (BATCH_AXES, axis)
     text, video = pad(text, shared.shards), pad(video, shared.shards)
     params, specs, rebuild = split_module(module, mesh)
 
     def local(params: list[Array], text: Any, video: Any, samples: Any) -> Array:
         return function(rebuild(params), text, video, samples, shared)
 
-    by_token = [token_specs(tokens, axis) for tokens in (text, video)]
-    by_sample = jax.tree.map(lambda _: PartitionSpec(BATCH_AXES), samples)
+    by_token = [token_specs(tokens, rows, columns) for tokens in (text, video)]
+    by_sample = jax.tree.map(lambda _: PartitionSpec(rows), samples)
     split = jax.shard_map(
         local,
         in_specs=(specs, *by_token, by_sample),
-        out_specs=PartitionSpec(BATCH_AXES, axis),
+        out_specs=PartitionSpec(rows, columns),
         axis_names={*BATCH_AXES, axis} if mesh.shape["tensor"] > 1 else set(mesh.axis_names),
         check_vma=False,  # gradients are then summed over `data` and `seq` here, in float32 and for all layers at once
     )
@@ -70,9 +73,9 @@ def attend(q: Heads, k: Heads, v: Heads, shared: SharedTokens | None) -> Heads:
     Raises: UserError for heads that the mesh cannot split.
     """
     mesh, method = get_abstract_mesh(), attention
-    if shared is not None:
+    if shared is not None and shared.shards > 1:
         check_heads(q.shape[2], mesh)
-        method = attention if shared.shards == 1 else partial(METHODS[shared.axis], shared=shared)
+        method = partial(METHODS[shared.axis], shared=shared)
     if not is_split_along_tensor():
         return method(q, k, v)
     heads = PartitionSpec(None, None, "tensor")

@@ -13,8 +13,6 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool
 
-from opensora_jax.parallel.mesh import BATCH_AXES
-
 
 class SharedTokens(NamedTuple):
     """So many text and video tokens of a sample, over the `shards` devices along a mesh axis."""
@@ -50,6 +48,6 @@ def pad(tokens: Any, shards: int) -> Any:
     return jax.tree.map(padded, tokens)
 
 
-def token_specs(tokens: Any, axis: str) -> Any:
-    """Returns how arrays `(B) L C` are split: samples over the batch's axes, tokens over theirs."""
-    return jax.tree.map(lambda leaf: PartitionSpec(BATCH_AXES, axis) if leaf.ndim == 3 else PartitionSpec(axis), tokens)
+def token_specs(tokens: Any, rows: tuple[str, ...], columns: str | None) -> Any:
+    """Returns how arrays `(B) L C` are split: samples over the mesh axes `rows`, tokens over `columns`."""
+    return jax.tree.map(lambda leaf: PartitionSpec(rows, columns) if leaf.ndim == 3 else PartitionSpec(columns), tokens)

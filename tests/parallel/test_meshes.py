@@ -36,12 +36,13 @@ CONFIG = mmdit(
     grad_ckpt_settings=(0, 2),
     remat_policy="save_attention",
 )
-BATCH, TEXT, GRID = 8, 11, (3, 2, 10)  # 11 tokens of text and 15 of video: no mesh divides either
+TEXT, GRID = 11, (3, 2, 10)  # 11 tokens of text and 15 of video: no mesh divides either
 OPTIM = OptimConfig("adamw", 3e-3, (0.9, 0.999), 1e-15, 0.01, 1.0, 2, "constant", "float32", ())
-MESHES = {
+MESHES = {  # those that split tokens get a batch whose samples they cannot split
     "data 8": MeshConfig(8, 1, 1, 1),
     "fsdp 8": MeshConfig(1, 8, 1, 1),
     "data 2 x fsdp 4": MeshConfig(2, 4, 1, 1),
+    "fsdp 2 x seq 4, whole samples": MeshConfig(1, 2, 4, 1),
     "fsdp 2 x seq 4, ulysses": MeshConfig(1, 2, 4, 1, "ulysses"),
     "fsdp 2 x seq 4, ring": MeshConfig(1, 2, 4, 1, "ring"),
     "tensor 2 x data 4": MeshConfig(4, 1, 1, 2),
@@ -58,15 +59,19 @@ def make_model():
     return model
 
 
-def draw(step):
+def batch_of(name):
+    return 2 if "ulysses" in name or "ring" in name else 8
+
+
+def draw(step, batch):
     rng = np.random.default_rng(step)
     shapes = {"latent": (*GRID, 3), "text": (TEXT, 7), "pooled": (5,), "condition": (*GRID, 4)}
-    return {name: rng.standard_normal((BATCH, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    return {name: rng.standard_normal((batch, *shape)).astype(np.float32) for name, shape in shapes.items()}
 
 
 def loss(model, batch, key):
     key_time, key_noise = jax.random.split(key)
-    t = jax.random.uniform(key_time, (BATCH,))
+    t = jax.random.uniform(key_time, (len(batch["latent"]),))
     noise = jax.random.normal(key_noise, batch["latent"].shape)
     share = t[:, None, None, None, None]
     noisy = share * noise + (1 - share) * batch["latent"]
@@ -75,7 +80,7 @@ def loss(model, batch, key):
 
 
 @cache
-def trained(config):
+def trained(config, batch):
     """Returns a function of the number of steps that returns their losses; it compiles once."""
     mesh = one_device() if config is None else make_mesh(config)
     optimizer = make_optimizer(OPTIM, 20)
@@ -89,7 +94,7 @@ def trained(config):
         with jax.set_mesh(mesh):
             state, found, key = init(), [], jax.random.key(5)
             for number in range(steps):
-                state, metrics = step(state, to_devices(draw(number), mesh), key)
+                state, metrics = step(state, to_devices(draw(number, batch), mesh), key)
                 found.append(float(metrics["loss"]))
         return np.asarray(found)
 
@@ -102,28 +107,28 @@ def trained(config):
     + [pytest.param(name, 20, marks=pytest.mark.slow) for name in MESHES],
 )
 def test_a_mesh_gives_the_loss_curve_of_one_device(name, steps):
-    found, expected = trained(MESHES[name])(steps), trained(None)(steps)
+    found, expected = (trained(mesh, batch_of(name))(steps) for mesh in (MESHES[name], None))
     worst = np.abs(found / expected - 1).max()
     print(f"| {name} | {worst:.1e} |")
     assert len(set(expected)) == steps
     assert worst < 1e-4
 
 
-def gradients(config, mesh):
+def gradients(config, mesh, batch=8):
     """Returns the compiled program of the gradient of a model's mean square."""
-    return compiled(config, mesh, lambda model, inputs: jnp.mean(model(**inputs) ** 2), gradient=True)
+    return compiled(config, mesh, lambda model, inputs: jnp.mean(model(**inputs) ** 2), batch, gradient=True)
 
 
-def compiled(config, mesh, measure, *, gradient=False):
+def compiled(config, mesh, measure, batch=8, *, gradient=False):
     """Returns the compiled program of `measure(model, inputs)`, or of its gradient, split as parameters are."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))))
     shardings = param_shardings(params, mesh)
     params = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, shardings)
     inputs = {
-        "x": jax.ShapeDtypeStruct((BATCH, *GRID, 3), jnp.float32, sharding=batch_sharding(mesh)),
-        "t": jax.ShapeDtypeStruct((BATCH,), jnp.float32, sharding=batch_sharding(mesh)),
-        "text": jax.ShapeDtypeStruct((BATCH, TEXT, 7), jnp.float32, sharding=batch_sharding(mesh)),
-        "pooled": jax.ShapeDtypeStruct((BATCH, 5), jnp.float32, sharding=batch_sharding(mesh)),
+        "x": jax.ShapeDtypeStruct((batch, *GRID, 3), jnp.float32, sharding=batch_sharding(mesh)),
+        "t": jax.ShapeDtypeStruct((batch,), jnp.float32, sharding=batch_sharding(mesh)),
+        "text": jax.ShapeDtypeStruct((batch, TEXT, 7), jnp.float32, sharding=batch_sharding(mesh)),
+        "pooled": jax.ShapeDtypeStruct((batch, 5), jnp.float32, sharding=batch_sharding(mesh)),
     }
 
     def run(params, inputs):
@@ -179,19 +184,24 @@ def test_split_heads_leave_tokens_whole():
     """What travels forwards are sums of each product's parts: tokens are neither gathered nor traded for columns."""
     mesh = make_mesh(MESHES["tensor 2 x data 4"])
     program = compiled(CONFIG, mesh, lambda model, inputs: model(**inputs))
-    tokens = (BATCH // 4) * (TEXT + 15) * CONFIG.hidden_size
+    tokens = (8 // 4) * (TEXT + 15) * CONFIG.hidden_size
     assert collectives(program, "all-reduce")
     assert max(map(math.prod, collectives(program, "all-gather")), default=0) < tokens // 4
     assert not collectives(program, "all-to-all")
 
 
-@pytest.mark.parametrize("name", ["fsdp 2 x seq 4, ulysses", "fsdp 2 x seq 4, ring"])
-def test_split_tokens_are_gathered_once_as_the_velocity(name):
-    mesh = make_mesh(MESHES[name])
-    program = gradients(CONFIG, mesh)
+@pytest.mark.parametrize(
+    ("name", "length", "moved"),
+    [
+        ("fsdp 2 x seq 4, ulysses", 16, {"all-to-all"}),
+        ("fsdp 2 x seq 4, ring", 16, {"collective-permute"}),
+        ("fsdp 2 x seq 4, whole samples", 15, set()),
+    ],
+)
+def test_what_is_split_along_seq_is_gathered_once_as_the_velocity(name, length, moved):
+    mesh, batch = make_mesh(MESHES[name]), batch_of(name)
+    program = gradients(CONFIG, mesh, batch)
     whole = {shape for shape, _, _ in kernels(CONFIG, mesh)}
-    samples = BATCH // 2
     others = [shape for shape in collectives(program, "all-gather") if shape not in whole]
-    assert others == [(samples, 16, CONFIG.in_channels)]
-    moved = collectives(program, "all-to-all") if "ulysses" in name else collectives(program, "collective-permute")
-    assert moved
+    assert others == [(batch // 2, length, CONFIG.in_channels)]
+    assert {kind for kind in ("all-to-all", "collective-permute") if collectives(program, kind)} == moved

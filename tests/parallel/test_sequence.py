@@ -29,7 +29,7 @@ def block(module, text, video, samples, shared):
     return joint[:, txt.shape[1] :]
 
 
-def run(mesh, lengths, dtype=jnp.float32, batch=4):
+def run(mesh, lengths, dtype=jnp.float32, batch=2):
     """Returns the output of `block` and the gradients of its mean square."""
     keys = jax.random.split(jax.random.key(0), 3)
     module = Linear(WIDTH, 3 * WIDTH, ("embed", "heads"), dtype=dtype, rngs=nnx.Rngs(0))
@@ -52,6 +52,13 @@ def run(mesh, lengths, dtype=jnp.float32, batch=4):
 @pytest.mark.parametrize("sizes", [(1, 2, 4, 1), (1, 2, 4, 1, "ring"), (2, 1, 2, 2), (2, 1, 2, 2, "ring")])
 def test_split_attention_is_attention(lengths, sizes):
     found, expected = run(make_mesh(MeshConfig(*sizes)), lengths), run(None, lengths)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4, 1), (2, 1, 2, 2, "ring"), (1, 1, 8, 1)])  # 4 heads: 8 cannot share them
+def test_where_samples_divide_by_the_axis_of_tokens_it_splits_them(sizes):
+    mesh = make_mesh(MeshConfig(*sizes))
+    found, expected = run(mesh, (7, 13), batch=8), run(None, (7, 13), batch=8)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
 
 

@@ -1,10 +1,11 @@
-"""Open-Sora 2.0, stage 2: videos of up to 129 frames at 256px and 768px, tokens split over 4 devices.
+"""Open-Sora 2.0, stage 2: videos of up to 129 frames at 256px and 768px, batches or tokens split over 4 devices.
 
     python -m opensora_jax.train --config=configs/diffusion/train/stage2.py \\
         --config.model.from_pretrained=outputs/stage1/diffusion
 
 Hardware: a pod, such as a v5p-128 (64 chips: 1 x 16 x 4 of data, fsdp and seq).
-Source: hpcaitech/Open-Sora, `configs/diffusion/train/stage2.py` (256px has no line of 69 frames there either).
+Source: hpcaitech/Open-Sora, `configs/diffusion/train/stage2.py` (256px has no line of 69 frames there either), batches
+as multiples of the 4 devices along `seq`, which then have whole samples: but for 768px with more than 65 frames.
 """
 
 from ml_collections import ConfigDict
@@ -20,8 +21,8 @@ def get_config() -> ConfigDict:
     config.model.remat_policy = "offload"  # 129 frames of 768px fill a chip of 32 GB with one video
     config.accumulation_steps = 1
     config.bucket_config = {
-        "256px": {1: (1.0, 130)} | rows(1.0, (5, 33, 14), (37, 65, 10), (73, 97, 7), (101, 129, 6)),
-        "768px": {1: (1.0, 38)} | rows(1.0, (5, 33, 6), (37, 65, 4), (69, 97, 3), (101, 129, 2)),
+        "256px": {1: (1.0, 128)} | rows(1.0, (5, 33, 16), (37, 65, 12), (73, 129, 8)),
+        "768px": {1: (1.0, 40)} | rows(1.0, (5, 33, 8), (37, 65, 4), (69, 97, 3), (101, 129, 2)),
     }
     config.preview.sampling_option.num_frames = 33
     config.optim.lr = 5e-5
