@@ -101,7 +101,7 @@ class Work:
         if mesh["data"] > 1:
             sent += 2 * 4 * self.parameters / (mesh["fsdp"] * mesh["tensor"] * parts)
         passes = 4 if min(blocks) and policy == "full" else 3
-        if samples % mesh["seq"]:  # else devices along `seq` have whole samples
+        if mesh["seq"] > 1:
             around = 4 * (1 - 1 / mesh["seq"]) if mesh["seq_method"] == "ulysses" else 2 * (mesh["seq"] - 1)
             sent += passes * depth * around * tokens
         if mesh["tensor"] > 1:
@@ -138,6 +138,8 @@ def _all(job: Job, work: Work, samples: int) -> Iterator[Candidate]:
                 continue
             for parts, (policy, blocks) in product(_divisors(wanted // shards, MOST_PARTS), POLICIES):
                 size = wanted // shards // parts
+                if mesh["seq"] > 1 and size % mesh["seq"] == 0:
+                    continue  # whole samples along `seq`: a mesh with more `data` does the same
                 model = job.sections["model"] | {"remat_policy": policy, "grad_ckpt_settings": blocks}
                 sections = job.sections | {"mesh": mesh, "model": model, "accumulation_steps": parts}
                 subject = job.subject | {"batch_size": size}

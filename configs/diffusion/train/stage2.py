@@ -4,8 +4,9 @@
         --config.model.from_pretrained=outputs/stage1/diffusion
 
 Hardware: a pod, such as a v5p-128 (64 chips: 1 x 16 x 4 of data, fsdp and seq).
-Source: hpcaitech/Open-Sora, `configs/diffusion/train/stage2.py` (256px has no line of 69 frames there either), batches
-as multiples of the 4 devices along `seq`, which then have whole samples: but for 768px with more than 65 frames.
+Source: hpcaitech/Open-Sora, `configs/diffusion/train/stage2.py` (256px has no line of 69 frames there either): about
+its batches, in two parts, which but for 768px with more than 33 frames are multiples of the 4 devices along `seq`, so
+that each has whole samples (docs/parallel.md).
 """
 
 from ml_collections import ConfigDict
@@ -18,11 +19,10 @@ def get_config() -> ConfigDict:
     config = image.get_config()
     config.folder = "outputs/stage2"
     config.mesh.update(fsdp=16, seq=4)
-    config.model.remat_policy = "offload"  # 129 frames of 768px fill a chip of 32 GB with one video
-    config.accumulation_steps = 1
+    config.accumulation_steps = 2
     config.bucket_config = {
-        "256px": {1: (1.0, 128)} | rows(1.0, (5, 33, 16), (37, 65, 12), (73, 129, 8)),
-        "768px": {1: (1.0, 40)} | rows(1.0, (5, 33, 8), (37, 65, 4), (69, 97, 3), (101, 129, 2)),
+        "256px": {1: (1.0, 64)} | rows(1.0, (5, 33, 8), (37, 65, 4), (73, 129, 4)),
+        "768px": {1: (1.0, 20)} | rows(1.0, (5, 33, 4), (37, 65, 2), (69, 129, 1)),
     }
     config.preview.sampling_option.num_frames = 33
     config.optim.lr = 5e-5

@@ -4,7 +4,7 @@
         --config.model.from_pretrained=outputs/stage2/diffusion
 
 Hardware: as stage2. Encode the latents with this config: shown images are cached beside them.
-Source: hpcaitech/Open-Sora, `configs/diffusion/train/stage2_i2v.py`, batches as multiples of 4 as in stage2.
+Source: hpcaitech/Open-Sora, `configs/diffusion/train/stage2_i2v.py`: about its batches, as in stage2.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.model.cond_embed = True
     config.condition_config.update(t2v=1.0, i2v_head=5.0, i2v_loop=1.0, i2v_tail=1.0)
     config.bucket_config = {
-        "256px": {1: (1.0, 196)} | rows(1.0, (5, 33, 80), (37, 65, 40), (69, 97, 28), (101, 129, 24)),
-        "768px": {1: (0.5, 40)} | rows(0.5, (5, 33, 8), (37, 65, 4), (69, 97, 3), (101, 129, 2)),
+        "256px": {1: (1.0, 96)} | rows(1.0, (5, 33, 40), (37, 65, 20), (69, 97, 16), (101, 129, 12)),
+        "768px": {1: (0.5, 20)} | rows(0.5, (5, 33, 4), (37, 65, 2), (69, 129, 1)),
     }
     return config
