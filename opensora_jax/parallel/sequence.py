@@ -31,6 +31,7 @@ from opensora_jax.parallel.tokens import SharedTokens, length, pad, token_specs
 from opensora_jax.parallel.warn import warn_once
 
 Heads = Float[Array, "B L N K"]
+ONE_BY_ONE = 4  # samples of a device; each is a program of its own, so not more
 
 
 def per_device(function: Callable, module: nnx.Module, text: Any, video: Any, samples: Any) -> Float[Array, "B L C"]:
@@ -89,7 +90,14 @@ def attend(q: Heads, k: Heads, v: Heads, shared: SharedTokens | None) -> Heads:
 
 
 def ulysses(q: Heads, k: Heads, v: Heads, shared: SharedTokens) -> Heads:
-    """Returns attention over all tokens: every device trades its tokens of all heads for all tokens of some heads."""
+    """Returns attention over all tokens: every device trades its tokens of all heads for all tokens of some heads.
+
+    A few samples go one after the other: between the parts of one sample that devices send would lie those of others,
+    and putting them together takes longer than the trade.
+    """
+    if 1 < len(q) <= ONE_BY_ONE:
+        samples = zip(*(jnp.split(part, len(q)) for part in (q, k, v)), strict=True)
+        return jnp.concatenate([ulysses(*sample, shared) for sample in samples])
     trade = partial(jax.lax.all_to_all, axis_name=shared.axis, tiled=True)
     q, k, v = (trade(part, split_axis=2, concat_axis=1) for part in (q, k, v))
     mask = None if shared.real is None else jnp.asarray(shared.real.reshape(1, 1, 1, -1))

@@ -55,6 +55,13 @@ def test_split_attention_is_attention(lengths, sizes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
 
 
+@pytest.mark.parametrize("samples", [3, 5])  # of a device: one after the other, and at once
+def test_several_samples_trade_tokens(samples):
+    found, expected = (run(mesh, (7, 13), batch=2 * samples) for mesh in (make_mesh(MeshConfig(2, 1, 2, 2)), None))
+    # the last sample adds ten times what the first does, twice
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
+
+
 @pytest.mark.parametrize("sizes", [(1, 2, 4, 1), (2, 1, 2, 2, "ring"), (1, 1, 8, 1)])  # 4 heads: 8 cannot share them
 def test_where_samples_divide_by_the_axis_of_tokens_it_splits_them(sizes):
     mesh = make_mesh(MeshConfig(*sizes))
