@@ -96,7 +96,7 @@ def ulysses(q: Heads, k: Heads, v: Heads, shared: SharedTokens) -> Heads:
     and putting them together takes longer than the trade.
     """
     if 1 < len(q) <= ONE_BY_ONE:
-        samples = zip(*(jnp.split(part, len(q)) for part in (q, k, v)), strict=True)
+        samples = zip(jnp.split(q, len(q)), jnp.split(k, len(k)), jnp.split(v, len(v)), strict=True)
         return jnp.concatenate([ulysses(*sample, shared) for sample in samples])
     trade = partial(jax.lax.all_to_all, axis_name=shared.axis, tiled=True)
     q, k, v = (trade(part, split_axis=2, concat_axis=1) for part in (q, k, v))
