@@ -3,7 +3,8 @@
     python -m opensora_jax.train --config=configs/diffusion/train/stage2.py \\
         --config.model.from_pretrained=outputs/stage1/diffusion
 
-Hardware: a pod, such as a v5p-128 (64 chips: 1 x 16 x 4 of data, fsdp and seq).
+Hardware: a pod, such as a v5p-128 (64 chips: 1 x 16 x 4 of data, fsdp and seq); on chips of 32 GB, such as a v6e,
+with `--config.model.remat_policy=offload`.
 Source: hpcaitech/Open-Sora, `configs/diffusion/train/stage2.py` (256px has no line of 69 frames there either): about
 its batches, in two parts, which but for 768px with more than 33 frames are multiples of the 4 devices along `seq`, so
 that each has whole samples (docs/parallel.md).
