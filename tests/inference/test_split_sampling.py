@@ -36,8 +36,8 @@ OPTION = SamplingOption(
 )
 
 
-def sample(mesh):
-    """Returns two latents of 3 x 4 x 6, each begun with an image of its own."""
+def sample(mesh, cond_type):
+    """Returns two latents of 3 x 4 x 6; `i2v_head` begins each with an image of its own."""
     model = MMDiT(CONFIG, rngs=nnx.Rngs(0))
     for layer in (model.final_layer.linear, model.cond_in):
         layer.kernel[...] = 0.3 * jax.random.normal(jax.random.key(1), layer.kernel.shape)
@@ -48,12 +48,16 @@ def sample(mesh):
     prompt = Prompt(jax.random.normal(keys[2], (2, 3, 7)), jax.random.normal(keys[3], (2, 5)))
     prompts = branch_prompts(prompt, Prompt(-prompt.text, -prompt.pooled))
     pipeline = Pipeline(model, Autoencoder(), encode_text, mesh, 2, 1)
-    return pipeline.denoise(noise, prompts, [[image] for image in images], OPTION, "i2v_head")
+    references = [[] if cond_type == "t2v" else [image] for image in images]
+    return pipeline.denoise(noise, prompts, references, OPTION, cond_type)
 
 
-@pytest.mark.parametrize("method", ["ulysses", "ring"])
-def test_a_sample_on_data_2_seq_2_tensor_2_is_that_of_one_device(method):
-    found = sample(make_mesh(MeshConfig(data=2, fsdp=1, seq=2, tensor=2, seq_method=method)))
-    expected = sample(one_device())
+@pytest.mark.parametrize(
+    ("method", "cond_type"),
+    [("ulysses", "i2v_head"), ("ring", "i2v_head"), ("ulysses", "t2v")],  # 3 branches split tokens, 2 are one for each
+)
+def test_a_sample_on_data_2_seq_2_tensor_2_is_that_of_one_device(method, cond_type):
+    found = sample(make_mesh(MeshConfig(data=2, fsdp=1, seq=2, tensor=2, seq_method=method)), cond_type)
+    expected = sample(one_device(), cond_type)
     assert np.std(expected) > 0.5
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
