@@ -26,7 +26,10 @@ TEXT, VIDEO, LENGTH = 77, 16_001, 8_001  # no mesh and no block divides them
 
 
 def layers(devices, *sizes, heads):
-    """Returns the gradient of three layers of attention on a mesh, in a rematerialised scan, and its logits."""
+    """Returns the gradient of three layers of attention on a mesh, in a rematerialised scan, and its logits.
+
+    One sample, so that `seq` splits tokens.
+    """
     mesh = make_mesh(MeshConfig(*sizes), devices)
 
     def model(module, text, video, gain, shared):
@@ -43,10 +46,10 @@ def layers(devices, *sizes, heads):
         return jnp.mean(per_device(model, nnx.Module(), text, video, gain).astype(jnp.float32) ** 2)
 
     split = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    tokens = [jax.ShapeDtypeStruct((2, n, heads * 128), jnp.bfloat16, sharding=split) for n in (TEXT, VIDEO)]
-    gain = jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=split)
+    tokens = [jax.ShapeDtypeStruct((1, n, heads * 128), jnp.bfloat16, sharding=split) for n in (TEXT, VIDEO)]
+    gain = jax.ShapeDtypeStruct((1,), jnp.bfloat16, sharding=split)
     shards, ring = sizes[2] * sizes[3], len(sizes) > 4
-    logits = 2 * heads // (sizes[3] if ring else shards) * ((TEXT + VIDEO) // (sizes[2] if ring else 1)) ** 2
+    logits = heads // (sizes[3] if ring else shards) * ((TEXT + VIDEO) // (sizes[2] if ring else 1)) ** 2
     return mesh, jax.value_and_grad(measure, (0, 1)), (*tokens, gain), logits
 
 

@@ -56,7 +56,7 @@ def test_the_count_is_that_of_the_traced_program(optional):
 def of_step(optional: bool, *, remat: int = 0, parts: int = 1, samples: int = 2) -> float:
     """Returns the operations of the traced training step, on one sample."""
     optim = OptimConfig("adamw", 1e-3, (0.9, 0.99), 1e-8, 0.0, 1.0, 0, "constant", "float32", ())
-    recipe = Recipe(0, "float32", {"type": "mmdit"} | shape(optional, remat), None, optim, parts, 0.9, 10)
+    recipe = Recipe(0, "float32", {"type": "mmdit"} | shape(optional, remat), None, optim, parts, {}, 0.9, 10)
     mix = ConditionMix.parse({"t2v": 1.0}, is_causal=True)
     null = NullText(jnp.zeros((WORDS, 11)), jnp.zeros(7))
     flow = FlowConfig("logit_normal", stratified=False, flow_shift=None)
