@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float
 from opensora_jax.kernels import chunked, flash_gpu, flash_tpu
 from opensora_jax.kernels.choice import announce, choose_kernel, platform
 
-ATTENTION = "attention"  # what a policy of rematerialisation calls the results of attention
+# What policies of rematerialisation call the result of attention, and the small sums that its gradients need.
+ATTENTION, STATISTICS = "attention", "attention_statistics"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -36,7 +37,8 @@ def flash_attention(
 
 def _forward(q: Array, k: Array, v: Array, real: Array | None, scale: float) -> tuple[Array, tuple[Any, ...]]:
     # Where a policy keeps these two, the backward pass of a layer does not run the forward kernel again.
-    out, lse = (checkpoint_name(x, ATTENTION) for x in forward(q, k, v, real, scale=scale, dtype=v.dtype))
+    out, lse = forward(q, k, v, real, scale=scale, dtype=v.dtype)
+    out, lse = checkpoint_name(out, ATTENTION), checkpoint_name(lse, STATISTICS)
     return out, (q, k, v, real, out, lse)
 
 

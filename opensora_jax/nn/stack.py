@@ -12,22 +12,22 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from opensora_jax.parallel.ring import ATTENTION
+from opensora_jax.parallel.ring import ATTENTION, STATISTICS
 
 BLOCK = "block"  # the name of what goes into a block
 
 # Of blocks that do not recompute: results of products and of attention. What lies between them is made again, which
 # takes less time than reading it back; gathered weights are gathered again.
 PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(ATTENTION)
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS)
 )
 
 RematPolicy = Literal["full", "save_attention", "offload"]
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
-    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
+        names_which_can_be_saved=[STATISTICS],  # small, and TPUs cannot fetch those of one sample
         names_which_can_be_offloaded=[BLOCK, ATTENTION],
         offload_src="device",
         offload_dst="pinned_host",

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 
 from opensora_jax.kernels import flash
 from opensora_jax.kernels.chunked import LOWEST
-from opensora_jax.kernels.flash import ATTENTION
+from opensora_jax.kernels.flash import ATTENTION, STATISTICS
 from opensora_jax.parallel.tokens import SharedTokens
 
 
@@ -46,7 +46,7 @@ def _forward(q: Array, k: Array, v: Array, shared: SharedTokens) -> tuple[Array,
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((B, N, L), LOWEST, jnp.float32)
     (out, lse), _ = _around(meet, nothing, (), k, v, shared)
     # Where a policy keeps these two, the backward pass of a layer does not go around forwards again.
-    out, lse = (checkpoint_name(kept, ATTENTION) for kept in (out.astype(v.dtype), lse))
+    out, lse = checkpoint_name(out.astype(v.dtype), ATTENTION), checkpoint_name(lse, STATISTICS)
     return out, (q, k, v, out, lse)
 
 

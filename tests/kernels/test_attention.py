@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType
 
 from opensora_jax.kernels import choice, reference
-from opensora_jax.kernels.attention import ATTENTION, attention, check_shapes
+from opensora_jax.kernels.attention import attention, check_shapes
+from opensora_jax.kernels.flash import ATTENTION, STATISTICS
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -50,7 +51,7 @@ def test_long_sequences_get_the_values_and_gradients_of_the_reference(dtype):
 
 def test_what_a_policy_keeps_spares_the_second_forward_pass():
     q = normal(1, 600, 3, 8)
-    keep = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+    keep = jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS)
 
     def kernels(policy):
         measure = jax.checkpoint(lambda q: jnp.sum(attention(q, q, q)), policy=policy)

@@ -15,7 +15,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from opensora_jax.forecast.topology import parse_topology
-from opensora_jax.kernels.attention import ATTENTION, attention
+from opensora_jax.kernels.attention import attention
+from opensora_jax.kernels.flash import ATTENTION, STATISTICS
 from opensora_jax.nn.norm import RMSNorm
 from opensora_jax.nn.prologue import normed_and_rotated
 from opensora_jax.nn.rope import rope_table, rotate_half
@@ -37,7 +38,7 @@ def layers(devices, *sizes, heads):
             q = x.reshape(*x.shape[:2], -1, 128)
             return x + attend(q, 2 * q, q - 1, shared).reshape(x.shape) * gain[:, None, None], None
 
-        keep = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+        keep = jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS)
         joint = jnp.concatenate([text, video], axis=1)
         joint, _ = jax.lax.scan(jax.checkpoint(layer, policy=keep, prevent_cse=False), joint, length=3)
         return joint[:, text.shape[1] :]
