@@ -189,9 +189,17 @@ def train(stage: Stage) -> None:
     batches, examples = prepare(bucket_config, config.small_buckets)
     logging.info("%s", batches.plan.describe())
     meta = config.recipe.description | {"latents": feed.key, "plan": batches.plan.hash}
-    full = config.lora is None
-    settings, options = stage.settings, config.compiler_options
-    run = Run(config.workdir, "train", config.seed, mesh, config.loop, meta, settings, full, options)
+    run = Run(
+        config.workdir,
+        "train",
+        config.seed,
+        mesh,
+        config.loop,
+        meta,
+        stage.settings,
+        save_frozen=config.lora is None,
+        compiler_options=config.compiler_options,
+    )
     state = run.fit(
         assembled.step,
         assembled.init,

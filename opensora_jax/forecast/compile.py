@@ -58,16 +58,17 @@ class _Compiling:
     """One job at work."""
 
     def __init__(self, job: Job, mesh: Mesh, texts: Path):
-        self.job, self.mesh, self.texts, self.options = job, mesh, texts, job.options
+        self.job, self.mesh, self.texts = job, mesh, texts
         self.places = [[int(n) for n in getattr(one, "coords", [i])] for i, one in enumerate(mesh.devices.flat)]
         self.platform = "cuda" if parse_topology(job.topology).chip.is_gpu else "tpu"
+        self.options: dict[str, Any] = {}
         self.kernels: dict[Any, float] = {}
         self.executed: dict[str, float] = {}
         self.compiled: dict[str, Compiled] = {}
 
     def facts(self) -> Facts:
         program = program_of(self.job, self.mesh)
-        self.options = program.options | self.job.options
+        self.options = program.options | self.job.options  # the function has the program's, a digest needs both
         state = {name: programs.bytes_on_a_device(tree) for name, tree in program.state.items()}
         counts, peak, refusal = {program.name: 1}, 0, None
         try:
@@ -110,7 +111,7 @@ class _Compiling:
             return [], self.compiled[name].memory.temporary
         began = time.perf_counter()
         try:
-            compiled = lowered.compile(self.options or None)
+            compiled = lowered.compile(self.job.options or None)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

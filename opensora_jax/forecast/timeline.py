@@ -175,14 +175,15 @@ class _Walk:
     def _fused(self, place: int, one: Instruction, inside: list[Instruction]) -> None:
         """A fusion, or an asynchronous call, around collectives: a part of a chain, or one that is alone."""
         self._compute(one, only_estimated=True)
+        is_aside = one.opcode in ASIDE
         for inner in inside:
             chain = _chain(inner)
             first, last = self.chains.get(chain, (place, place))
             if place == first:
                 operands = {other.name: other for name in one.called for other in self.t.module[name]}
                 collective = read_collective(inner, operands, len(self.t.network.places))
-                key = one.name if one.opcode in ASIDE else chain
-                self.pending[key] = self._send(collective, overlapped=last > first or one.opcode in ASIDE)
+                key = one.name if is_aside else chain
+                self.pending[key] = self._send(collective, overlapped=last > first or is_aside)
             if place == last and one.opcode == "fusion":
                 self._wait(self.pending.pop(chain, 0.0), "exposed")
 

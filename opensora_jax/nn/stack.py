@@ -16,16 +16,16 @@ from opensora_jax.parallel.ring import ATTENTION, STATISTICS
 
 BLOCK = "block"  # the name of what goes into a block
 
+RESULTS = jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS)
+
 # Of blocks that do not recompute: results of products and of attention. What lies between them is made again, which
 # takes less time than reading it back; gathered weights are gathered again.
-PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS)
-)
+PRODUCTS = jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.dots_saveable, RESULTS)
 
 RematPolicy = Literal["full", "save_attention", "offload"]
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
-    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS),
+    "save_attention": RESULTS,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[STATISTICS],  # small, and TPUs cannot fetch those of one sample
         names_which_can_be_offloaded=[BLOCK, ATTENTION],

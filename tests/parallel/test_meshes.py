@@ -36,7 +36,7 @@ CONFIG = mmdit(
     grad_ckpt_settings=(0, 2),
     remat_policy="save_attention",
 )
-TEXT, GRID = 11, (3, 2, 10)  # 11 tokens of text and 15 of video: no mesh divides either
+BATCH, TEXT, GRID = 8, 11, (3, 2, 10)  # 11 tokens of text and 15 of video: no mesh divides either
 OPTIM = OptimConfig("adamw", 3e-3, (0.9, 0.999), 1e-15, 0.01, 1.0, 2, "constant", "float32", ())
 MESHES = {  # those that split tokens get a batch whose samples they cannot split
     "data 8": MeshConfig(8, 1, 1, 1),
@@ -60,7 +60,7 @@ def make_model():
 
 
 def batch_of(name):
-    return 2 if "ulysses" in name or "ring" in name else 8
+    return 2 if "ulysses" in name or "ring" in name else BATCH
 
 
 def draw(step, batch):
@@ -114,12 +114,12 @@ def test_a_mesh_gives_the_loss_curve_of_one_device(name, steps):
     assert worst < 1e-4
 
 
-def gradients(config, mesh, batch=8):
+def gradients(config, mesh, batch=BATCH):
     """Returns the compiled program of the gradient of a model's mean square."""
     return compiled(config, mesh, lambda model, inputs: jnp.mean(model(**inputs) ** 2), batch, gradient=True)
 
 
-def compiled(config, mesh, measure, batch=8, *, gradient=False):
+def compiled(config, mesh, measure, batch=BATCH, *, gradient=False):
     """Returns the compiled program of `measure(model, inputs)`, or of its gradient, split as parameters are."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))))
     shardings = param_shardings(params, mesh)
@@ -184,7 +184,7 @@ def test_split_heads_leave_tokens_whole():
     """What travels forwards are sums of each product's parts: tokens are neither gathered nor traded for columns."""
     mesh = make_mesh(MESHES["tensor 2 x data 4"])
     program = compiled(CONFIG, mesh, lambda model, inputs: model(**inputs))
-    tokens = (8 // 4) * (TEXT + 15) * CONFIG.hidden_size
+    tokens = (BATCH // 4) * (TEXT + 15) * CONFIG.hidden_size
     assert collectives(program, "all-reduce")
     assert max(map(math.prod, collectives(program, "all-gather")), default=0) < tokens // 4
     assert not collectives(program, "all-to-all")
