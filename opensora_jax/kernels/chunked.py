@@ -41,9 +41,9 @@ def forward(
     A sample without real keys gets zeros and a logsumexp near -1e30. About `logits` are held at a time, but 128 queries
     and 128 keys of every head at least.
     """
-    if _by_head(q):
+    if (heads := _heads(q, k, logits)) < q.shape[0] * q.shape[2]:
         run = partial(forward, scale=scale, dtype=dtype, logits=logits)
-        return _over_heads(run, (q, k, v), (), real)
+        return _over_heads(run, (q, k, v), (), real, heads)
     rows, columns = _sizes(q, k, logits)
     known = _columns(k, v, real, columns)
 
@@ -82,43 +82,50 @@ def backward(
 
     `out` and `lse` are of attention over all keys, these or more.
     """
-    if _by_head(q):
+    if (heads := _heads(q, k, logits)) < q.shape[0] * q.shape[2]:
         run = partial(backward, scale=scale, dtype=dtype, logits=logits)
-        return _over_heads(run, (q, k, v, gradient, out), (lse,), real)
+        return _over_heads(run, (q, k, v, gradient, out), (lse,), real, heads)
     centre = _product("BLNK,BLNK->BNL", gradient, out)
     rows, columns = _sizes(q, k, logits)
     known = (_split(q, rows), _split(gradient, rows), _split_rows(lse, rows), _split_rows(centre, rows))
 
     def of_keys(dq: Array, keys: tuple[Array, Array, Array | None]) -> tuple[Array, tuple[Array, Array]]:
         k, v, real = keys
+        turned, real = k.mT, None if real is None else real.mT
 
         def meet(sums: tuple[Array, Array], queries: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
             (dk, dv), (q, gradient, lse, centre, dq) = sums, queries
-            weights = jnp.exp(_logits(q, k, real, scale) - lse[..., None])
-            dlogits = weights * (_product("BNLK,BNSK->BNLS", gradient, v) - centre[..., None])
+            # logits of keys by queries: no product turns them, which takes CPUs twice as long
+            weights = jnp.exp(_logits(k, q, real, scale) - lse[..., None, :])
+            dlogits = weights * (_product("BNSK,BNLK->BNSL", v, gradient) - centre[..., None, :])
             dlogits = (dlogits * scale).astype(q.dtype)
-            # the other way around logits would be turned, which takes CPUs twice as long
-            dk += _product("BNLK,BNLS->BNKS", q, dlogits)
-            dv += _product("BNLK,BNLS->BNKS", gradient, weights.astype(v.dtype))
-            return (dk, dv), dq + _product("BNLS,BNSK->BNLK", dlogits, k)
+            dk += _product("BNSL,BNLK->BNSK", dlogits, q)
+            dv += _product("BNSL,BNLK->BNSK", weights.astype(v.dtype), gradient)
+            return (dk, dv), dq + _product("BNKS,BNSL->BNKL", turned, dlogits)
 
-        zeros = jnp.zeros(k.mT.shape, jnp.float32)
+        zeros = jnp.zeros(k.shape, jnp.float32)
         (dk, dv), dq = _over(meet, (zeros, zeros), (*known, dq))
-        return dq, (dk.mT, dv.mT)
+        return dq, (dk, dv)
 
-    dq = jnp.zeros(known[0].shape, jnp.float32)
+    dq = jnp.zeros(known[0].mT.shape, jnp.float32)
     dq, (dk, dv) = _over(of_keys, dq, _columns(k, v, real, columns))
-    dq, dk, dv = (_joined(part, whole.shape[1]).astype(dtype) for part, whole in ((dq, q), (dk, k), (dv, v)))
+    dq, dk, dv = (_joined(part, whole.shape[1]).astype(dtype) for part, whole in ((dq.mT, q), (dk, k), (dv, v)))
     return dq, dk, dv
 
 
-def _by_head(q: Float[Array, "B L N K"]) -> bool:
-    """Says whether heads are to be met one by one: on CPUs a product of many matrices takes longer than each alone."""
-    return platform() == "cpu" and q.shape[0] * q.shape[2] > 1
+def _heads(q: Float[Array, "B L N K"], k: Float[Array, "B S N K"], logits: int) -> int:
+    """Returns how many heads of all samples are met at a time: on CPUs as many as all logits of are held, or one.
+
+    A product of many large matrices takes CPUs longer than each alone, small ones take less together.
+    """
+    heads = q.shape[0] * q.shape[2]
+    return _even(heads, max(1, logits // (q.shape[1] * k.shape[1]))) if platform() == "cpu" else heads
 
 
-def _over_heads(run: Callable, heads: tuple[Array, ...], rows: tuple[Array, ...], real: Array | None) -> Any:
-    """Returns what `run(q, k, v, real, ...)` gives, called for every head alone."""
+def _over_heads(
+    run: Callable, heads: tuple[Array, ...], rows: tuple[Array, ...], real: Array | None, at_once: int
+) -> Any:
+    """Returns what `run(q, k, v, real, ...)` gives, called for so many heads at once."""
     B, _, N, _ = heads[0].shape
     by_head = [rearrange(x, "B L N K -> (B N) 1 L 1 K") for x in heads]
     by_row = [rearrange(x, "B N L -> (B N) 1 1 L") for x in rows]
@@ -131,7 +138,7 @@ def _over_heads(run: Callable, heads: tuple[Array, ...], rows: tuple[Array, ...]
     def joined(found: Array) -> Array:
         return rearrange(found, "(B N) 1 L 1 K -> B L N K" if found.ndim == 5 else "(B N) 1 1 L -> B N L", B=B)
 
-    return jax.tree.map(joined, jax.lax.map(one, (by_head, by_row, known)))
+    return jax.tree.map(joined, jax.lax.map(one, (by_head, by_row, known), batch_size=at_once))
 
 
 def _sizes(q: Array, k: Array, logits: int) -> tuple[int, int]:
@@ -169,8 +176,10 @@ def _columns(k: Array, v: Array, real: Array | None, size: int) -> tuple[Array, 
     return _split(k, size), _split(v, size), real
 
 
-def _logits(q: Array, k: Array, real: Array | None, scale: float) -> Float[Array, "B N L S"]:
-    logits = _product("BNLK,BNSK->BNLS", q, k) * scale
+def _logits(
+    rows: Float[Array, "B N L K"], columns: Float[Array, "B N S K"], real: Array | None, scale: float
+) -> Float[Array, "B N L S"]:
+    logits = _product("BNLK,BNSK->BNLS", rows, columns) * scale
     return logits if real is None else jnp.where(real, logits, -jnp.inf)
 
 
