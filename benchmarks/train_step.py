@@ -48,7 +48,7 @@ def ours(sections: programs.TrainSections, bucket: Bucket) -> tuple[Callable[[],
     objective, shapes = programs.training_inputs(sections, bucket, mesh)
     with jax.set_mesh(mesh):
         assembled = sections.recipe.assemble(objective, mesh, pretrained=False)
-        runs, held = Programs(assembled.step, assembled.abstract, mesh, sections.compiler_options), [assembled.init()]
+        runs, held = Programs(assembled, mesh), [assembled.init()]
         key = runs.key(sections.seed)
         batch = {name: jax.device_put(_random(shape), shape.sharding) for name, shape in shapes.items()}
         runs.compile({str(bucket): shapes})

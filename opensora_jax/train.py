@@ -182,28 +182,17 @@ def train(stage: Stage) -> None:
     if auto_lines(bucket_config):
         small = "drop" if config.small_buckets == "drop" else "repeat"
         provisional, examples = prepare(with_ones(bucket_config), small)
-        programs = Programs(counting(assembled.step), assembled.abstract, mesh, config.compiler_options)
+        programs = Programs(counting(assembled), mesh)
         depends = config.recipe.memory | {"encoders": None if config.latents else feed.key}
         sizes = BatchSizes(config.workdir, config.auto_batch, mesh, programs.measure, depends)
         bucket_config = filled(bucket_config, sizes.choose(bucket_config, provisional.plan.buckets, examples))
     batches, examples = prepare(bucket_config, config.small_buckets)
     logging.info("%s", batches.plan.describe())
     meta = config.recipe.description | {"latents": feed.key, "plan": batches.plan.hash}
-    run = Run(
-        config.workdir,
-        "train",
-        config.seed,
-        mesh,
-        config.loop,
-        meta,
-        stage.settings,
-        save_frozen=config.lora is None,
-        compiler_options=config.compiler_options,
-    )
+    settings, learnt = stage.settings, config.lora is None
+    run = Run(config.workdir, "train", config.seed, mesh, config.loop, meta, settings, save_frozen=learnt)
     state = run.fit(
-        assembled.step,
-        assembled.init,
-        assembled.abstract,
+        assembled,
         batches,
         examples,
         encode=feed.encode,

@@ -35,6 +35,7 @@ from opensora_jax.parallel.mesh import MeshConfig, data_shards, make_mesh, one_d
 from opensora_jax.training import reconstruction, vae
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
+from opensora_jax.training.programs import Assembled
 from opensora_jax.training.state import make_train_step, plan_state
 from opensora_jax.weights.lora import frozen_parameters
 from opensora_jax.weights.pretrained import (
@@ -117,9 +118,7 @@ def main(argv: list[str]) -> Path | None:
     loss = vae.VAELoss(config.vae_loss_config, perceptual_distance(config))
     meta = describe(config.model["type"], model_config) | {"ema": ema, "plan": plan.hash}
     state = Run(config.workdir, "train_vae", config.seed, mesh, config.loop, meta, CONFIG.value.to_dict()).fit(
-        make_train_step(graphdef, loss, optimizer, ema_decay=config.ema_decay),
-        init,
-        abstract,
+        Assembled(graphdef, abstract, init, make_train_step(graphdef, loss, optimizer, ema_decay=config.ema_decay)),
         lambda start, stop: config.images.apply(
             make_loader(plan, source, start_step=start, num_steps=stop - start, host=host, config=config.loader),
             config.seed,

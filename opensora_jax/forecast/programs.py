@@ -147,7 +147,7 @@ def training_step(sections: TrainSections, bucket: Bucket, mesh: Mesh) -> Progra
     network = sections.recipe.network
     objective, batch = training_inputs(sections, bucket, mesh)
     assembled = sections.recipe.assemble(objective, mesh, pretrained=False)
-    state, options = assembled.abstract, options_of(mesh, sections.compiler_options)
+    state, options = assembled.abstract, options_of(mesh, assembled.options)
     parts = {"parameters": state.params, "average": state.ema, "optimiser": state.opt_state, "frozen": state.frozen}
     samples, video, words = len(batch["pooled"]), video_tokens(batch["latent"].shape, network), batch["text"].shape[1]
     return Program(

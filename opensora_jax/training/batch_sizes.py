@@ -166,7 +166,7 @@ class _Search:
             raise UserError(
                 f"{self.bucket}: one sample of a data shard {found[1][1]}; of a device {budget / GIB:.3f} GiB may be "
                 "used (auto_batch.headroom, and what lies there already, taken off). Raise model.grad_ckpt_settings, "
-                "mesh.fsdp or mesh.seq, or take the line out of bucket_config"
+                "mesh.fsdp or mesh.seq, set model.remat_policy=offload, or take the line out of bucket_config"
             )
         return size, int(found[size][0])
 

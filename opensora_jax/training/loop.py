@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,14 +21,12 @@ from opensora_jax.training.metrics import open_metrics
 from opensora_jax.training.periodic import Periodic, look_at
 from opensora_jax.training.preemption import Preemption
 from opensora_jax.training.profiling import ProfileConfig, Profiler
-from opensora_jax.training.programs import AbstractBatch, CompilerOptions, Programs
+from opensora_jax.training.programs import AbstractBatch, Assembled, Batch, Programs
 from opensora_jax.training.state import TrainState
 from opensora_jax.training.throughput import Throughput, Work
 from opensora_jax.training.wandb_writer import WandbConfig
 from opensora_jax.weights.workdir import flatten
 
-Batch = dict[str, jax.Array]
-Step = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 Batches = Callable[[int, int], Iterator[dict[str, np.ndarray]]]
 
 CONFIG_FILE = "config.json"
@@ -83,13 +81,10 @@ class Run:
     meta: dict[str, Any]
     settings: dict[str, Any]
     save_frozen: bool = True
-    compiler_options: CompilerOptions = field(default_factory=dict)
 
     def fit(
         self,
-        step: Step,
-        init: Callable[[], TrainState],
-        abstract: TrainState,
+        assembled: Assembled,
         batches: Batches,
         examples: Mapping[str, AbstractBatch],
         *,
@@ -108,19 +103,19 @@ class Run:
         refuses a checkpoint.
         """
         with jax.set_mesh(self.mesh):
-            programs = Programs(counting(step), abstract, self.mesh, self.compiler_options)
+            programs = Programs(counting(assembled), self.mesh)
             goes_on = self.config.on_full_disk == "go_on"
             kept = self.config.keep_n_latest, self.config.keep_every
             checkpoints = Checkpoints(self.workdir, *kept, goes_on=goes_on)
             try:
                 self._start(checkpoints.latest_step or 0)
-                state, saved = self._restore(checkpoints, abstract) or (None, {REPLACED: 0})
+                state, saved = self._restore(checkpoints, assembled.abstract) or (None, {REPLACED: 0})
                 if checkpoints.latest_step != self.config.num_steps:
                     programs.compile(examples)
                 if state is None:
-                    state = init()
+                    state = assembled.init()
                 elif not self.save_frozen:
-                    state = state._replace(frozen=init().frozen)
+                    state = state._replace(frozen=assembled.init().frozen)
                 feed = _Feed(batches, self.mesh, encode)
                 return self._fit(programs, state, saved[REPLACED], feed, checkpoints, work, periodic)
             finally:
@@ -234,14 +229,14 @@ class _Feed:
         return seconds
 
 
-def counting(step: Step) -> Step:
-    """Returns the step with the number of samples among its metrics that stand in for clips that cannot be read."""
+def counting(assembled: Assembled) -> Assembled:
+    """Returns a step whose metrics have the number of samples that stand in for clips that cannot be read."""
 
-    def run(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, metrics = step(state, batch, key)
+    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = assembled.step(state, batch, key)
         return state, metrics | {REPLACED: batch["replaced"].sum()}
 
-    return run
+    return replace(assembled, step=step)
 
 
 def _shown(scalars: dict[str, float]) -> dict[str, str]:

@@ -7,7 +7,7 @@ later by the device.
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -17,12 +17,30 @@ from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.parallel.batch import batch_size
+from opensora_jax.training.state import TrainState
 
 GIB = 2**30
 
+Batch = dict[str, jax.Array]
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
+Step = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 CompilerOptions = Mapping[str, Mapping[str, Any]]  # platform -> option -> value
 Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A model's graph, its state's shapes on the mesh, what creates the state, and the step that moves it.
+
+    `options` are for the compiler, `remedies` a sentence on how a step takes less memory.
+    """
+
+    graphdef: Any
+    abstract: Any
+    init: Callable[[], Any]
+    step: Step
+    options: CompilerOptions = field(default_factory=dict)
+    remedies: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,11 +62,9 @@ class Program:
 class TooLargeError(UserError):
     """The compiler itself refused a step that does not fit a device, as those of TPUs do; `reason` is what it says."""
 
-    def __init__(self, bucket: str, reason: str):
-        super().__init__(
-            f"{bucket} does not fit into the memory of a device: {reason.rstrip('.')}. Raise model.grad_ckpt_settings, "
-            "or lower its batch size, or raise mesh.fsdp or mesh.seq"
-        )
+    def __init__(self, bucket: str, reason: str, remedies: str = ""):
+        way_out = ways_out("Lower its batch size", remedies)
+        super().__init__(f"{bucket} does not fit into the memory of a device: {reason.rstrip('.')}. {way_out}")
         self.reason = reason
 
 
@@ -66,10 +82,10 @@ def options_of(mesh: Mesh, options: CompilerOptions) -> dict[str, Any]:
 class Programs:
     """Calls the step `(state, batch, key) -> (state, metrics)` in the form that was compiled for the batch's shapes."""
 
-    def __init__(self, step: Callable, abstract: Any, mesh: Mesh, options: CompilerOptions | None = None):
-        self.mesh, self._abstract = mesh, abstract
-        self._options = options_of(mesh, options or {})
-        self._step = jit_step(step, abstract, self._options)
+    def __init__(self, assembled: Assembled, mesh: Mesh):
+        self.mesh, self._abstract, self._remedies = mesh, assembled.abstract, assembled.remedies
+        self._options = options_of(mesh, assembled.options)
+        self._step = jit_step(assembled.step, assembled.abstract, self._options)
         self._compiled: dict[Shapes, tuple[str, Any]] = {}  # the bucket and its program
 
     def compile(self, examples: Mapping[str, AbstractBatch]) -> list[Program]:
@@ -85,7 +101,8 @@ class Programs:
             found.append(program)
         logging.info("%s", describe(found, limit))
         if limit and any(program.peak_bytes > limit for program in found):
-            raise UserError(too_large([program for program in found if program.peak_bytes > limit], limit))
+            too_big = [program for program in found if program.peak_bytes > limit]
+            raise UserError(too_large(too_big, limit, self._remedies))
         return found
 
     def measure(self, name: str, batch: AbstractBatch) -> Program:
@@ -112,7 +129,7 @@ class Programs:
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" in str(error):
-                raise TooLargeError(name, reason) from error
+                raise TooLargeError(name, reason, self._remedies) from error
             if any(option in reason for option in self._options):
                 raise UserError(f"{reason.rstrip('.')}: change config.compiler_options") from error
             raise
@@ -155,13 +172,18 @@ def describe(programs: list[Program], limit: int | None) -> str:
     return "\n".join(lines)
 
 
-def too_large(programs: list[Program], limit: int) -> str:
+def ways_out(smaller: str, remedies: str) -> str:
+    """Returns what can be done about a step that does not fit."""
+    return f"{smaller}, or raise mesh.fsdp or mesh.seq. {remedies}".strip().rstrip(".")
+
+
+def too_large(programs: list[Program], limit: int, remedies: str) -> str:
     """Returns the error about steps that do not fit, with what would."""
     worst = max(programs, key=lambda program: program.peak_bytes)
     fitting = worst.largest_batch(limit)
-    smaller = f"lower its batch size (about {fitting} samples in all devices fit)" if fitting else "split it further"
+    smaller = f"Lower its batch size (about {fitting} samples in all devices fit)" if fitting else "Split it further"
     return (
         f"{len(programs)} bucket(s) do not fit into {limit / GIB:.1f} GiB of a device: {worst.bucket} needs "
         f"{worst.peak_bytes / GIB:.1f} GiB for {worst.samples} samples, {worst.state_bytes / GIB:.1f} of them for the "
-        f"state. Raise model.grad_ckpt_settings, or {smaller}, or raise mesh.fsdp or mesh.seq"
+        f"state. {ways_out(smaller, remedies)}"
     )

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,21 +12,16 @@ from jax.typing import DTypeLike
 
 from opensora_jax.models.mmdit import MMDiTConfig
 from opensora_jax.nn.lora import LoRAConfig
-from opensora_jax.training.loop import Step
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
-from opensora_jax.training.programs import CompilerOptions
-from opensora_jax.training.state import Loss, TrainState, make_train_step, plan_state
+from opensora_jax.training.programs import Assembled, CompilerOptions
+from opensora_jax.training.state import Loss, make_train_step, plan_state
 from opensora_jax.weights.lora import base_and_lora, frozen_parameters, with_lora
 from opensora_jax.weights.pretrained import DENOISERS, describe, initial_weights, parse_dtype, parse_model
 
-
-class Assembled(NamedTuple):
-    """A model's graph, its state's shapes on the mesh, what creates the state, and the step."""
-
-    graphdef: nnx.GraphDef
-    abstract: TrainState
-    init: Callable[[], TrainState]
-    step: Step
+REMEDIES = (
+    "Blocks keep less with a higher model.grad_ckpt_settings or model.remat_policy=offload; accumulation_steps makes "
+    "up for smaller batches."
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class Recipe:
         step = make_train_step(
             graphdef, loss, optimizer, ema_decay=self.ema_decay, accumulation_steps=self.accumulation_steps
         )
-        return Assembled(graphdef, abstract, init, step)
+        return Assembled(graphdef, abstract, init, step, self.compiler_options, REMEDIES)
 
     def _model(self, mesh: Mesh, pretrained: bool) -> tuple[Callable[[], nnx.Module], Callable[[], nnx.State] | None]:
         """Returns what makes the model, with its LoRA where there is one, and what reads the weights it starts from."""

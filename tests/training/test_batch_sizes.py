@@ -20,7 +20,7 @@ from opensora_jax.parallel.batch import abstract_batch
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.training import batch_sizes
 from opensora_jax.training.batch_sizes import AutoBatchConfig, BatchSizes, largest_fitting, scaled
-from opensora_jax.training.programs import GIB, Program, Programs, TooLargeError
+from opensora_jax.training.programs import GIB, Assembled, Program, Programs, TooLargeError
 from tests.environment import cpu_devices, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -273,7 +273,8 @@ def test_one_sample_that_is_too_large_is_refused_with_its_bytes(tmp_path, mesh):
     assert str(refusal.value) == (
         "48px 1:1, 129 frames of 48x48: one sample of a data shard needs 290.251 GiB, 0.001 of them for the state; of "
         "a device 1.000 GiB may be used (auto_batch.headroom, and what lies there already, taken off). Raise "
-        "model.grad_ckpt_settings, mesh.fsdp or mesh.seq, or take the line out of bucket_config"
+        "model.grad_ckpt_settings, mesh.fsdp or mesh.seq, set model.remat_policy=offload, or take the line out of "
+        "bucket_config"
     )
 
 
@@ -310,10 +311,14 @@ def step(state, batch, key):
     return state - jax.grad(loss)(state), {"mean": batch["x"].mean()}
 
 
+def programs(abstract, mesh):
+    return Programs(Assembled(None, abstract, lambda: None, step), mesh)
+
+
 def test_compiled_steps_fit_at_their_size_and_not_far_above(tmp_path, mesh):
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     state = jax.ShapeDtypeStruct((48 * 48, 31), jnp.float32, sharding=place)
-    made, example, calls = Programs(step, state, mesh), batch_of(BUCKETS[3], mesh), []
+    made, example, calls = programs(state, mesh), batch_of(BUCKETS[3], mesh), []
 
     def measure(name, batch):
         calls.append(name)
@@ -340,9 +345,9 @@ def test_what_a_compiler_says_of_memory_is_told_with_the_way_out(mesh, monkeypat
     def refuse(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM.\nmore")
 
-    made = Programs(step, None, mesh)
+    made = programs(None, mesh)
     monkeypatch.setattr(made, "_step", type("Step", (), {"lower": refuse}))
-    with pytest.raises(UserError, match=r"^long does not fit .*: RESOURCE_EXHAUSTED: Ran out of memory on HBM\. Raise"):
+    with pytest.raises(UserError, match=r"^long does not fit .*: RESOURCE_EXHAUSTED: Ran out of memory on HBM\. Lower"):
         made.compile({"long": batch_of(BUCKETS[3], mesh)})
 
 

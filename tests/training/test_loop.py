@@ -25,6 +25,7 @@ from opensora_jax.training.metrics import MetricsWriter, read_metrics
 from opensora_jax.training.optimizer import Optimizer
 from opensora_jax.training.periodic import Periodic, Seen
 from opensora_jax.training.profiling import ProfileConfig
+from opensora_jax.training.programs import Assembled
 from opensora_jax.training.state import make_train_step, plan_state
 from opensora_jax.training.wandb_writer import WandbConfig
 from opensora_jax.weights.workdir import Stored
@@ -82,7 +83,7 @@ def train(
     run = Run(workdir, "test", 3, mesh, replace(LOOP, num_steps=steps, **loop), meta, {"loop": {"num_steps": steps}})
     step = make_train_step(graphdef, Keyed(loss), ADAM, ema_decay=0.9)
     examples = {"all": abstract_batch(next(batches(0, 1)), mesh)}
-    return run.fit(step, init, abstract, some, examples, periodic=periodic)
+    return run.fit(Assembled(graphdef, abstract, init, step), some, examples, periodic=periodic)
 
 
 def losses(workdir):

@@ -9,7 +9,7 @@ from opensora_jax.config.errors import UserError
 from opensora_jax.parallel.batch import abstract_batch, batch_sharding, data_share, to_devices
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.training import programs
-from opensora_jax.training.programs import Programs
+from opensora_jax.training.programs import Assembled, Programs
 
 
 def step(state, batch, key):
@@ -26,8 +26,9 @@ def state(mesh):
     return jax.device_put(jnp.zeros(()), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
-def abstract(state):
-    return jax.ShapeDtypeStruct(state.shape, state.dtype, sharding=state.sharding)
+def assembled(state, **more):
+    abstract = jax.ShapeDtypeStruct(state.shape, state.dtype, sharding=state.sharding)
+    return Assembled(None, abstract, lambda: state, step, **more)
 
 
 def shapes(length, mesh):
@@ -39,7 +40,7 @@ def batch(length):
 
 
 def test_every_shape_has_its_program_and_no_step_compiles(mesh, state):
-    made = Programs(step, abstract(state), mesh)
+    made = Programs(assembled(state), mesh)
     found = made.compile({"short": shapes(3, mesh), "long": shapes(5, mesh)})
     assert [(one.bucket, one.samples) for one in found] == [("short", 8), ("long", 8)]
     assert all(one.peak_bytes > one.state_bytes > 0 for one in found)
@@ -53,19 +54,22 @@ def test_every_shape_has_its_program_and_no_step_compiles(mesh, state):
 
 def test_a_step_that_does_not_fit_is_refused_with_what_would(mesh, state, monkeypatch):
     monkeypatch.setattr(programs, "device_memory", lambda mesh: 3000)
+    made = Programs(assembled(state, remedies="Recompute more."), mesh)
     with pytest.raises(
-        UserError, match=r"1 bucket\(s\) do not fit .* long needs .* for 8 samples.* lower its batch size"
+        UserError,
+        match=r"1 bucket\(s\) do not fit .* long needs .* for 8 samples.* Lower its batch size \(about \d+ samples .*, "
+        r"or raise mesh.fsdp or mesh.seq\. Recompute more$",
     ):
-        Programs(step, abstract(state), mesh).compile({"short": shapes(3, mesh), "long": shapes(500, mesh)})
+        made.compile({"short": shapes(3, mesh), "long": shapes(500, mesh)})
 
 
 def test_the_compiler_gets_the_options_of_the_platform(mesh, state):
     example = {"short": shapes(3, mesh)}
-    Programs(step, abstract(state), mesh, {"tpu": {"xla_no_such_option": True}}).compile(example)
+    Programs(assembled(state, options={"tpu": {"xla_no_such_option": True}}), mesh).compile(example)
     with pytest.raises(UserError, match=r"No such compile option: 'xla_no_such_option'.*config\.compiler_options"):
-        Programs(step, abstract(state), mesh, {"cpu": {"xla_no_such_option": True}}).compile(example)
+        Programs(assembled(state, options={"cpu": {"xla_no_such_option": True}}), mesh).compile(example)
     with pytest.raises(UserError, match=r"xla_cpu_use_fusion_emitters.*config\.compiler_options"):
-        Programs(step, abstract(state), mesh, {"cpu": {"xla_cpu_use_fusion_emitters": "perhaps"}}).compile(example)
+        Programs(assembled(state, options={"cpu": {"xla_cpu_use_fusion_emitters": "perhaps"}}), mesh).compile(example)
 
 
 def test_one_process_reads_all_samples(mesh):
