@@ -70,8 +70,7 @@ def tree(tmp_path):
             text = text.replace("{" + name + "}", str(value))
         write_program(tmp_path / "python", text)
         environment = os.environ | {"PYTHON": str(tmp_path / "python"), "REQUIREMENTS": ""}
-        for name in ("XLA_FLAGS", "XLA_CLIENT_MEM_FRACTION"):
-            environment.pop(name, None)
+        environment.pop("XLA_FLAGS", None)
         return environment
 
     return make

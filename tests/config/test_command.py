@@ -233,6 +233,19 @@ def test_a_mistake_in_the_verb_is_one_line(command, arguments, error):
     assert error in only_line(command(*arguments, name="verbs.py"))
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("XLA_CLIENT_MEM_FRACTION", None), ("XLA_CLIENT_MEM_FRACTION", "0.5"), ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")],
+)
+def test_a_command_takes_nine_tenths_of_a_gpu_unless_told(command, monkeypatch, name, given):
+    for each in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(each, raising=False)
+    if given:
+        monkeypatch.setenv(name, given)
+    do = "import os; print({key: value for key, value in os.environ.items() if key.endswith('CLIENT_MEM_FRACTION')})"
+    assert str({name: given or "0.9"}) in command("--config=c.py", f"--do={do}").stdout
+
+
 def test_importing_the_frame_does_not_import_jax():
     code = "import sys, opensora_jax.config.command; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=60)

@@ -3,7 +3,7 @@
     python -m opensora_jax.dataset encode --config=configs/diffusion/train/demo.py
     python -m opensora_jax.train --config=configs/diffusion/train/demo.py
 
-Hardware: 2 CPU cores, 4 minutes. Expected: held-out prompts get the right colour and direction.
+Hardware: 2 CPU cores, 5 minutes. Expected: held-out prompts get the right colour and direction.
 `--config.folder=...` moves all inputs and outputs of the demo at once.
 """
 

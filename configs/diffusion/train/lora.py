@@ -2,7 +2,7 @@
 
     python -m opensora_jax.train --config=configs/diffusion/train/lora.py --config.dataset.data_path=meta.parquet
 
-Encode the latents with this config first (`dataset encode`). Hardware: 80 GB, or 8 chips of 16 GB with fsdp=8. The
+Encode the latents first (`dataset encode` with the same flags). Hardware: 80 GB, or 8 chips of 16 GB with fsdp=8. The
 result, `outputs/lora/diffusion/lora`, is in PEFT's format.
 Source: targets and rank as in PEFT's and diffusers' recipes for Flux; learning rate as there.
 """

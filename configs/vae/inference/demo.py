@@ -4,7 +4,7 @@
     python -m opensora_jax.vae stats --config=configs/vae/inference/demo.py
     python -m opensora_jax.vae encode --config=configs/vae/inference/demo.py
 
-Hardware: 2 CPU cores, a minute. Expected: about 27 dB PSNR. `--config.folder=...` moves all inputs and outputs.
+Hardware: 2 CPU cores, a minute. Expected: about 29 dB PSNR. `--config.folder=...` moves all inputs and outputs.
 """
 
 from ml_collections import ConfigDict, FieldReference

@@ -1,10 +1,10 @@
-"""The published image autoencoder of Flux on 512 x 512 images of your own; of videos, one frame each.
+"""The published image autoencoder of Flux on 512 x 512 images of your own; videos need a line of their own.
 
     python -m opensora_jax.vae reconstruct --config=configs/vae/inference/flux_ae.py \\
         --config.dataset.data_path=meta.parquet
 
 Hardware: an accelerator; images are split over all devices in space. It takes clips of any length, frame by frame, with
-memory for all frames at once: "--config.bucket_config['512px_ar1:1']={9: (1.0, 1)}".
+memory for all frames at once, where a line says so: "--config.bucket_config['512px_ar1:1']={9: (1.0, 1)}".
 Weights: flux1-dev-ae.safetensors in ./ckpts (docs/weights.md).
 Source: hpcaitech/Open-Sora, `configs/diffusion/inference/plugins/t2i2v.py` (img_flux_ae).
 """

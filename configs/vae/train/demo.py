@@ -2,7 +2,7 @@
 
     python -m opensora_jax.train_vae --config=configs/vae/train/demo.py
 
-Hardware: 2 CPU cores, 4 minutes. Expected: about 27 dB PSNR on held-out clips (see validation.json).
+Hardware: 2 CPU cores, 6 minutes. Expected: about 29 dB PSNR on held-out clips (see validation.json).
 `--config.folder=...` moves all inputs and outputs of the demo at once.
 """
 
