@@ -19,6 +19,7 @@ from tqdm import tqdm
 from opensora_jax.config.build import build
 from opensora_jax.config.command import Main, run_verbs
 from opensora_jax.config.errors import UserError
+from opensora_jax.config.files import write_json
 from opensora_jax.config.flag import config_flag, require
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights import hub, manifest, pretrained, workdir
@@ -46,6 +47,10 @@ def _import(argv: list[str]) -> Path:
     params = pretrained.load_weights(section, pretrained.MODELS, where, dtype=jnp.float32, mesh=mesh, param_dtype=dtype)
     described = pretrained.describe(section["type"], config)
     free = {name: value for name, value in asdict(config).items() if name in pretrained.FREE_FIELDS}
+    measured = pretrained.measured_latent(section["from_pretrained"])
+    if measured is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / pretrained.LATENT_FILE, measured)
     workdir.write(output, params, described | {"source": str(section["from_pretrained"]), "free": free})
     print(f"{output}: {section['type']} of {section['from_pretrained']}; use it as --{where}.from_pretrained={output}")
     return output
@@ -71,6 +76,8 @@ def _export(argv: list[str]) -> Path:
     with tqdm(total=len(tensors), desc="export", unit="tensor") as bar:
         save_safetensors(output, tensors, wrote=lambda key: bar.update())
     print(f"{output}: {len(tensors)} tensors of {source} (step {stored.step}, {stored.part})")
+    if pretrained.measured_latent(source) is not None:
+        print(f"The file has no place for {source / pretrained.LATENT_FILE}: give its numbers to who uses it")
     return output.parent
 
 
@@ -121,19 +128,12 @@ def _section(name: str, source: str | None) -> ConfigDict:
     if given.layout != "same":
         section.layout = given.layout
     if given.rename:
-        section.rename_keys = dict(_pair(rename) for rename in given.rename)
+        section.rename_keys = tuple(given.rename)
     if given.part is not None:
         section.part = given.part
     if given.partial:
         section.strict_load = False
     return section
-
-
-def _pair(rename: str) -> tuple[str, str]:
-    old, separator, new = rename.partition(":")
-    if not separator or not old:
-        raise UserError(f"--rename is OLD:NEW, the part of a key and what replaces it: got {rename!r}")
-    return old, new
 
 
 def _define_source() -> None:

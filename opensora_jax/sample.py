@@ -22,7 +22,7 @@ from opensora_jax.config.files import write_json
 from opensora_jax.config.flag import config_flag
 from opensora_jax.data.text import add_fps, add_motion_score
 from opensora_jax.inference import outputs, prompt_list
-from opensora_jax.inference.contact_sheet import write_contact_sheet
+from opensora_jax.inference.contact_sheet import FRAMES, write_contact_sheet
 from opensora_jax.inference.pipeline import TextEncoder, check_batch_sizes
 from opensora_jax.inference.prompt import TextEncoderConfig, TextEncoders, read_shape
 from opensora_jax.inference.references import check_references
@@ -142,7 +142,7 @@ def summarize(folder: Path, settings: dict[str, Any], samples: list[dict]) -> No
     """Writes the list of all videos, and a picture of the first of them."""
     write_json(folder / "samples.json", {"settings": settings, "samples": samples})
     shown = samples[:SHEET_VIDEOS]
-    videos = [outputs.read(folder / record["file"]) for record in shown]
+    videos = [outputs.read(folder / record["file"], FRAMES) for record in shown]
     write_contact_sheet(folder / "contact_sheet.png", videos, [record["prompt"] for record in shown])
 
 

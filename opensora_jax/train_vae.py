@@ -41,6 +41,7 @@ from opensora_jax.weights.lora import frozen_parameters
 from opensora_jax.weights.pretrained import (
     AUTOENCODERS,
     CRITICS,
+    LATENT_FILE,
     describe,
     initial_weights,
     load,
@@ -133,7 +134,7 @@ def main(argv: list[str]) -> Path | None:
         codec = Codec(nnx.merge(graphdef, jax.device_put(params, NamedSharding(own, PartitionSpec()))), own)
         latent_rows = rows[: config.validation.latent_clips]
         latent = reconstruction.measure_latent(codec, source, latent_rows, rows[0][0].batch_size)
-        write_json(config.workdir / "latent.json", latent)
+        write_json(config.workdir / LATENT_FILE, latent)
         measured = validate(config, codec, held_out, held_out_rows)
         write_json(config.workdir / "validation.json", {"step": int(state.step)} | measured)
         logging.info("held-out clips: %s", measured)

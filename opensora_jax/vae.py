@@ -136,6 +136,8 @@ def prepare(*, there_and_back: bool = False) -> Work:
     Raises: UserError for sizes or weights that do not fit, before any is loaded.
     """
     config = build(VAEConfig, CONFIG.value, "config")
+    if config.num_samples is not None and config.num_samples < 1:
+        raise UserError(f"config.num_samples is at least 1, or None for all clips: got {config.num_samples}")
     connect(config.distributed)
     module, fields = parse_model(config.model, AUTOENCODERS, "config.model")
     table = config.dataset.table()

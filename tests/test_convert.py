@@ -67,9 +67,15 @@ def test_what_is_imported_on_a_mesh_is_exported_bit_by_bit_in_either_layout(publ
     assert done.returncode == 0, done.stderr
     assert f"--config.model.from_pretrained={workdir}" in done.stdout
     assert json.loads((workdir / "runs.jsonl").read_text())["peak_memory_bytes"] > 0
+    (workdir / "latent.json").write_text('{"scale_factor": [2.0]}')  # as beside a trained autoencoder
     done = command("export", f"--input={workdir}", f"--output={file}")
     assert done.returncode == 0, done.stderr
+    assert f"no place for {workdir / 'latent.json'}" in done.stdout
     assert_same(file, open_checkpoint(published))
+    again = tmp_path / "again"
+    done = command("import", f"--config={CONFIG}", *SMALL, f"--input={workdir}", f"--output={again}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((again / "latent.json").read_text()) == {"scale_factor": [2.0]}
     done = command("export", f"--input={workdir}", f"--output={flux}", "--layout=flux", "--dtype=float32")
     assert done.returncode == 0, done.stderr
     expected = to_fused(open_checkpoint(published), heads=4)
@@ -120,6 +126,15 @@ def test_damaged_and_dangerous_files_are_refused_and_nothing_is_written(publishe
     assert not (ROOT / "danger").exists()
 
 
+def test_keys_with_a_prefix_are_renamed(published, tmp_path):
+    prefixed = tmp_path / "prefixed.safetensors"
+    save_safetensors(
+        prefixed, {f"module.{key}": np.asarray(tensor) for key, tensor in open_checkpoint(published).items()}
+    )
+    done = command("verify", f"--config={CONFIG}", *SMALL, f"--input={prefixed}", "--rename=module.:")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -128,7 +143,7 @@ def test_damaged_and_dangerous_files_are_refused_and_nothing_is_written(publishe
             ["import", f"--config={CONFIG}", "--output=x", "--section=t5"],
             "--section is a network of the config (ae, model)",
         ),
-        (["import", f"--config={CONFIG}", "--output=x", "--rename=a"], "--rename is OLD:NEW"),
+        (["import", f"--config={CONFIG}", "--output=x", "--rename=a"], "a rename is OLD:NEW"),
         (["export", "--input=configs", "--output=x.safetensors"], "--input is a workdir of ours"),
         (["export", "--input=configs", "--output=x"], "--output is the file to write"),
     ],

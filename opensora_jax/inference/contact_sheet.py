@@ -16,12 +16,13 @@ from opensora_jax.config.files import replacing
 WIDTH = 1800  # pixels, at most
 MARGIN, GUTTER, FRAME_GAP, ROW_GAP = 24, 30, 3, 18
 FONT_SIZE, LINE_HEIGHT, MAX_LINES = 17, 22, 2
+FRAMES = 5  # of a strip
 MAX_TILE = 256  # pixels, the longest side of a frame
 PAPER, INK = (255, 255, 255), (45, 45, 52)
 
 
 def contact_sheet(
-    videos: Sequence[UInt8[np.ndarray, "T H W 3"]], prompts: Sequence[str], *, num_frames: int = 5
+    videos: Sequence[UInt8[np.ndarray, "T H W 3"]], prompts: Sequence[str], *, num_frames: int = FRAMES
 ) -> Image.Image:
     """Returns the picture, at most 1800 pixels wide, with up to `num_frames` frames a strip.
 
@@ -32,7 +33,7 @@ def contact_sheet(
             f"A contact sheet needs a prompt for each video: {len(videos)} videos, {len(prompts)} prompts."
         )
     columns = _columns(len(videos))
-    picked = [video[_evenly(len(video), num_frames)] for video in videos]
+    picked = [video[evenly(len(video), num_frames)] for video in videos]
     scale = _scale(picked, (WIDTH - 2 * MARGIN - (columns - 1) * GUTTER) // columns)
     strips = [_strip(frames, scale) for frames in picked]
     width = max(strip.width for strip in strips)
@@ -41,7 +42,7 @@ def contact_sheet(
 
 
 def write_contact_sheet(
-    path: Path, videos: Sequence[UInt8[np.ndarray, "T H W 3"]], prompts: Sequence[str], *, num_frames: int = 5
+    path: Path, videos: Sequence[UInt8[np.ndarray, "T H W 3"]], prompts: Sequence[str], *, num_frames: int = FRAMES
 ) -> None:
     """Write the picture of `contact_sheet` as a PNG, complete or not at all."""
     with replacing(path) as temporary:
@@ -101,7 +102,8 @@ def _scale(picked: list[np.ndarray], width: int) -> float:
     return min(columns, MAX_TILE / max(max(v.shape[1:3]) for v in picked))
 
 
-def _evenly(length: int, count: int) -> np.ndarray:
+def evenly(length: int, count: int) -> np.ndarray:
+    """Returns the numbers of at most `count` of so many frames, from the first to the last."""
     return np.linspace(0, length - 1, min(length, count)).round().astype(int)
 
 

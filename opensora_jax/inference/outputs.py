@@ -14,7 +14,9 @@ from jaxtyping import UInt8
 
 from opensora_jax.config.files import write_json
 from opensora_jax.data.media import video, video_writer
+from opensora_jax.inference.contact_sheet import evenly
 from opensora_jax.inference.request import Request
+from opensora_jax.weights.pretrained import LATENT_FILE
 from opensora_jax.weights.stamp import file_stamps, newest_step
 
 Frames = UInt8[np.ndarray, "T H W 3"]
@@ -27,7 +29,7 @@ def weights_identity(path: str | Path) -> str:
     statistics beside an autoencoder are. A path that does not exist has an identity too: loading is what
     refuses it.
     """
-    statistics = Path(path) / "latent.json"
+    statistics = Path(path) / LATENT_FILE
     latent = statistics.read_text() if statistics.is_file() else None
     return _digest([str(newest_step(Path(path)).absolute()), latent, file_stamps(path)])
 
@@ -72,10 +74,10 @@ def why_left_out(folder: Path, stem: str, key: str) -> str | None:
     return note["reason"] if note["key"] == key else None
 
 
-def read(path: Path) -> Frames:
-    """Returns all frames of a video file. Raises: VideoError for one that cannot be read."""
+def read(path: Path, most: int | None = None) -> Frames:
+    """Returns all frames of a video file, or at most so many, evenly spaced. Raises: VideoError for a damaged one."""
     info = video.probe(path)
-    return video.read_frames(path, info, picks=np.arange(info.num_frames))
+    return video.read_frames(path, info, picks=evenly(info.num_frames, most or info.num_frames))
 
 
 def _note(folder: Path, stem: str) -> Path:

@@ -9,6 +9,8 @@ import pyarrow.parquet
 
 from opensora_jax.config.errors import UserError
 
+TEXTS = "text", "ref", "neg"  # columns of a table
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -55,7 +57,7 @@ def from_file(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"The prompt list {path} does not exist. Give a text file with one prompt a line.")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"The prompt list {path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
     prompts = [Prompt(line, i) for i, line in enumerate(filter(None, lines))]
@@ -94,11 +96,11 @@ def select(prompts: list[Prompt], start_index: int, num_samples: int | None) -> 
 
     Raises: UserError if that leaves none.
     """
-    chosen = prompts[start_index:][:num_samples] if start_index >= 0 else []
+    chosen = prompts[start_index:][:num_samples] if start_index >= 0 and (num_samples or 1) > 0 else []
     if not chosen:
         raise UserError(
             f"start_index {start_index} with num_samples {num_samples} picks none of {len(prompts)} prompts. "
-            f"Use a start_index in 0 .. {len(prompts) - 1}."
+            f"Use a start_index in 0 .. {len(prompts) - 1}, and at least 1 or None (the rest) for num_samples."
         )
     return chosen
 
@@ -108,10 +110,14 @@ def _read(path: Path) -> pa.Table:
         raise UserError(f"The prompt table {path} does not exist. Give a .csv or .parquet with a column 'text'.")
     try:
         if path.suffix == ".parquet":
-            return pa.parquet.read_table(path)
-        text = pa.csv.ConvertOptions(column_types={name: pa.string() for name in ("text", "ref", "neg")})
+            table = pa.parquet.read_table(path)
+            for number, name in enumerate(table.column_names):
+                if name in TEXTS:
+                    table = table.set_column(number, name, table[name].cast(pa.string()))
+            return table
+        text = pa.csv.ConvertOptions(column_types={name: pa.string() for name in TEXTS})
         return pa.csv.read_csv(path, convert_options=text, parse_options=pa.csv.ParseOptions(newlines_in_values=True))
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read as a table: {reason}. Give a .csv or .parquet.") from error
 

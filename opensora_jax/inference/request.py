@@ -69,6 +69,8 @@ class SamplingOption:
             _refuse(f"resolution takes no '_{suffix}', as buckets do: got '{self.resolution}'. Use {name}.")
         if min(self.num_frames, self.num_steps) < 1:
             _refuse(f"num_frames and num_steps are at least 1: got {self.num_frames} and {self.num_steps}.")
+        if self.flow_shift is not None and self.flow_shift <= 0:
+            _refuse(f"flow_shift is above 0, and 1 shifts nothing: got {self.flow_shift}. None follows from the size.")
         if self.method not in METHODS:
             _refuse(f"unknown method '{self.method}'. Allowed: {', '.join(METHODS)}.")
         if self.seed is not None and not 0 <= self.seed < 2**32:
@@ -148,8 +150,12 @@ def check_condition(option: SamplingOption, cond_type: str) -> None:
 
 
 def slug(prompt: str, longest: int = 60) -> str:
-    """Returns the prompt as part of a file name: letters and digits of any script, else single dashes."""
-    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:longest].rstrip("-") or "video"
+    """Returns the prompt as part of a file name: letters and digits of any script, else single dashes.
+
+    It has at most `longest` letters and three times as many bytes: names of files are bounded in bytes.
+    """
+    letters = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:longest]
+    return letters.encode()[: 3 * longest].decode(errors="ignore").rstrip("-") or "video"
 
 
 def _refuse(message: str) -> None:

@@ -37,6 +37,9 @@ ONLY = {  # fields whose other values mean another computation -> the value of o
 }
 
 
+CHANGING = ("pissa", "olora", "corda", "loftq")  # ways to start that take a part out of the weights beneath
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A LoRA in published terms: `<module>.lora_A.weight` and `<module>.lora_B.weight` of each layer."""
@@ -70,6 +73,11 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise UserError(
                 f"{folder / CONFIG} has {name}={about[name]!r}: only {value!r} can be read; merge it in PEFT"
             )
+    if str(about.get("init_lora_weights")).lower().startswith(CHANGING):
+        raise UserError(
+            f"{folder / CONFIG} has init_lora_weights={about['init_lora_weights']!r}, which changed the weights "
+            "beneath it: save it with PEFT's path_initial_model_for_weight_conversion, or merge it there"
+        )
     try:
         rank, alpha = int(about["r"]), float(about["lora_alpha"])
     except (KeyError, TypeError, ValueError) as error:

@@ -24,6 +24,7 @@ from opensora_jax.weights.torch_file import open_torch
 Config = TypeVar("Config")
 
 SAFETENSORS = (".safetensors",)
+INDEX = ".index.json"  # of shards
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 DTYPES = {  # names in the header of a safetensors file
     "BOOL": np.bool_,
@@ -51,7 +52,7 @@ def open_checkpoint(path: str | Path, *, part: str | None = None) -> Mapping[str
     path = Path(path)
     if path.is_dir():
         path = _in_folder(path)
-    if path.name.endswith(".index.json"):
+    if path.name.endswith(INDEX):
         return _open_shards(path, part)
     return _open_file(path, part)
 
@@ -112,10 +113,16 @@ def _in_folder(folder: Path) -> Path:
     raise UserError(f"{folder} holds no checkpoints and no file of weights ({', '.join(SAFETENSORS + TORCH)}); {hint}.")
 
 
-def _open_shards(index: Path, part: str | None) -> dict[str, FileTensor]:
+def read_index(index: Path) -> dict[str, str]:
+    """Returns key -> file of an index of shards. Raises: UserError for one that lists nothing."""
     shard_of = read_json(index).get("weight_map", {})
     if not shard_of:
         raise UserError(f"{index} lists no tensors under weight_map; download it again.")
+    return shard_of
+
+
+def _open_shards(index: Path, part: str | None) -> dict[str, FileTensor]:
+    shard_of = read_index(index)
     shards = {name: _open_file(index.parent / name, part) for name in sorted(set(shard_of.values()))}
     lost = [key for key, name in shard_of.items() if key not in shards[name]]
     if lost:

@@ -6,7 +6,7 @@ for another network than the weights belong to is refused with what differs.
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from opensora_jax.weights.layouts import to_fused, to_split
 from opensora_jax.weights.lora import merge_adapter
 from opensora_jax.weights.lpips_files import is_lpips, open_lpips
 from opensora_jax.weights.params import load_params, published_tensors, with_stored_dtypes
-from opensora_jax.weights.rename import rename_keys
+from opensora_jax.weights.rename import parse_rename, rename_keys
 from opensora_jax.weights.workdir import Stored, check_same, is_workdir
 
 Section = Mapping[str, Any]
@@ -55,6 +55,7 @@ TEXT_ENCODERS: Kinds = {"t5": (T5Config, T5Encoder), "clip": (CLIPTextConfig, CL
 CRITICS: Kinds = {"lpips": (LPIPSConfig, LPIPS), "discriminator": (DiscriminatorConfig, Discriminator)}
 MODELS = AUTOENCODERS | DENOISERS | TEXT_ENCODERS | CRITICS
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+LATENT_FILE = "latent.json"
 LATENT_FIELDS = ("scale_factor", "shift_factor")  # measured after training
 TILING_FIELDS = (
     *("use_spatial_tiling", "use_temporal_tiling", "tile_overlap_factor"),
@@ -85,11 +86,16 @@ class Source:
     """Where the weights of a network are, and how a file of them becomes ours: fields of its config section."""
 
     from_pretrained: str | None = None
-    rename_keys: dict[str, str] = field(default_factory=dict)  # part of a key in the file -> what stands there instead
+    rename_keys: tuple[str, ...] = ()  # OLD:NEW, a part of a key in the file and what stands there instead
     strict_load: bool = True  # False: load what fits, initialise and list the rest
     layout: Literal["same", "flux", "opensora"] = "same"  # of the file, where it is not the model's
     part: str | None = None  # the state dict to take from a torch file with several
     adapter: str | None = None  # folder of a LoRA in PEFT's format, to be merged into the weights
+
+    def __post_init__(self):
+        """Check what does not depend on the file."""
+        for rename in self.rename_keys:
+            parse_rename(rename)
 
 
 SOURCE_FIELDS = tuple(field.name for field in fields(Source))
@@ -136,11 +142,16 @@ def parse_measured(section: Section, kinds: Kinds, where: str) -> tuple[type, An
     Raises: UserError as `parse_model`.
     """
     module, config = parse_model(section, kinds, where)
-    measured = Path(section["from_pretrained"] or "") / "latent.json"
-    if not measured.is_file() or not hasattr(config, LATENT_FIELDS[0]):
+    found = measured_latent(section["from_pretrained"])
+    if found is None or not hasattr(config, LATENT_FIELDS[0]):
         return module, config
-    found = read_json(measured)
     return module, replace(config, **{name: tuple(found[name]) for name in LATENT_FIELDS})
+
+
+def measured_latent(place: str | Path | None) -> dict[str, Any] | None:
+    """Returns what was measured of an autoencoder's latents, which lies beside its weights; None if nothing does."""
+    file = Path(place or "") / LATENT_FILE
+    return read_json(file) if file.is_file() else None
 
 
 def create(section: Section, kinds: Kinds, where: str, *, dtype: DTypeLike, mesh: Mesh, seed: int) -> nnx.Module:

@@ -6,7 +6,7 @@ output and input axes first ([out, in], [out, in, t, h, w]); a scanned stack `x.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -116,11 +116,12 @@ def parameter_keys(model_name: str, params: nnx.State) -> list[tuple[str, tuple[
     return [(key, weight.shape) for weight in weights for key in weight.keys]
 
 
-def rename_keys(checkpoint: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the checkpoint with the first of `renames` that occurs in a key replaced there by its new name.
+def rename_keys(checkpoint: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """Returns the checkpoint with the first OLD of `given` ("OLD:NEW") that occurs in a key replaced there by its NEW.
 
-    Raises: UserError for a rename that occurs in no key, or that makes two keys one.
+    Raises: UserError for what is no OLD:NEW, and for one that occurs in no key or makes two keys one.
     """
+    renames = dict(map(parse_rename, given))
     renamed: dict[str, Any] = {}
     unused = set(renames)
     for key, tensor in checkpoint.items():
@@ -133,6 +134,14 @@ def rename_keys(checkpoint: Mapping[str, Any], renames: Mapping[str, str]) -> di
     if unused:
         raise UserError(f"rename_keys: no key has {min(unused)!r}; the keys are like {first_of(list(checkpoint))}.")
     return renamed
+
+
+def parse_rename(given: str) -> tuple[str, str]:
+    """Returns OLD and NEW of "OLD:NEW". Raises: UserError for anything else."""
+    old, separator, new = given.partition(":")
+    if not separator or not old:
+        raise UserError(f"a rename is OLD:NEW, the part of a key and what replaces it: got {given!r}")
+    return old, new
 
 
 def is_ignored(model_name: str, key: str) -> bool:

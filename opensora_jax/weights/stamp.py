@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from opensora_jax.weights.files import INDEX, read_index
+
 Stamp = tuple[str, int, int]  # name below the place, bytes, modification time in ns
 
 
@@ -12,8 +14,13 @@ def newest_step(path: Path) -> Path:
 
 
 def file_stamps(path: str | Path) -> list[Stamp]:
-    """Returns the stamps of a file of weights or of a folder's, of a workdir's newest step; none where nothing is."""
+    """Returns the stamps of a file of weights, of an index and its shards, of a folder's files; none where nothing is.
+
+    Of a workdir they are those of its newest step. Raises: UserError for a damaged index.
+    """
     root = newest_step(Path(path))
     files = sorted(root.rglob("*")) if root.is_dir() else [root]
+    if root.is_file() and root.name.endswith(INDEX):
+        root, files = root.parent, [root, *(root.parent / name for name in sorted(set(read_index(root).values())))]
     stats = [(str(file.relative_to(root)), file.stat()) for file in files if file.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

@@ -45,6 +45,7 @@ def test_a_video_reads_back_with_all_its_frames(tmp_path):
     video = outputs.read(tmp_path / record["file"])
     assert video.shape == FRAMES.shape
     np.testing.assert_allclose(video, FRAMES, atol=6)
+    np.testing.assert_array_equal(outputs.read(tmp_path / record["file"], 2), video[[0, -1]])
 
 
 def test_the_key_differs_with_everything_that_changes_the_video(tmp_path):
@@ -79,6 +80,15 @@ def test_the_weights_of_a_run_are_those_of_its_newest_step(tmp_path):
     assert outputs.weights_identity(tmp_path) == tenth
     (tmp_path / "latent.json").write_text("{}")
     assert outputs.weights_identity(tmp_path) != tenth
+
+
+def test_the_weights_of_an_index_are_its_shards(tmp_path):
+    index, shard = tmp_path / "model.safetensors.index.json", tmp_path / "1.safetensors"
+    index.write_text('{"weight_map": {"a": "1.safetensors"}}')
+    shard.write_text("one")
+    before = outputs.weights_identity(index)
+    shard.write_text("other")
+    assert outputs.weights_identity(index) != before
 
 
 def test_a_missing_checkpoint_has_an_identity_of_its_own(tmp_path):

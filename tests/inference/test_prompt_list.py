@@ -27,6 +27,20 @@ def test_a_table_gives_texts_references_and_negatives(tmp_path, name):
     assert second == prompt_list.Prompt("a dog", 1, (), "blur")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\na cat\n", encoding="utf-8-sig")
+    assert [(p.text, p.index) for p in prompt_list.from_file(file)] == [("a cat", 0)]
+
+
+def test_columns_of_parquet_are_read_as_text_or_refused(tmp_path):
+    pa.parquet.write_table(pa.table({"text": [7, 8]}), tmp_path / "numbers.parquet")
+    assert [p.text for p in prompt_list.from_table(tmp_path / "numbers.parquet")] == ["7", "8"]
+    pa.parquet.write_table(pa.table({"text": ["a"], "ref": [[{"b": 1}]]}), tmp_path / "nested.parquet")
+    with pytest.raises(UserError, match="cannot be read as a table"):
+        prompt_list.from_table(tmp_path / "nested.parquet")
+
+
 def test_one_source_is_read_and_others_are_not_ignored(tmp_path):
     file, table = tmp_path / "prompts.txt", tmp_path / "table.csv"
     file.write_text("from the file\n")
@@ -52,7 +66,7 @@ def test_a_part_of_the_list_keeps_its_indices():
     assert [p.index for p in prompt_list.select(prompts, 3, None)] == [3, 4]
 
 
-@pytest.mark.parametrize(("start", "count"), [(5, None), (-1, 2), (0, 0)])
+@pytest.mark.parametrize(("start", "count"), [(5, None), (-1, 2), (0, 0), (0, -1)])
 def test_a_selection_of_nothing_is_refused(start, count):
     with pytest.raises(UserError, match="picks none of 5 prompts"):
         prompt_list.select(prompt_list.from_strings(list("abcde"), None), start, count)

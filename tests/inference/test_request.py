@@ -68,6 +68,7 @@ def test_seed_zero_is_a_seed_and_none_is_allowed():
         ({"num_frames": -3}, "at least 1"),
         ({"method": "ddim"}, "'ddim'.*i2v, distill"),
         ({"seed": -1}, "0 .. 2"),
+        ({"flow_shift": 0.0}, "flow_shift is above 0"),
         (
             {"resolution": "768px_max", "aspect_ratio": "1:1", "height": None, "width": None},
             "no '_max'.*got '768px_max'. Use 768px",
@@ -126,3 +127,4 @@ def test_a_slug_is_safe_as_a_file_name():
     assert slug("雨, Meer") == "雨-meer"
     assert slug("???") == "video"
     assert len(slug("word " * 50)) <= 60
+    assert len(slug("𓀀" * 60).encode()) == 180

@@ -175,6 +175,7 @@ def test_names_as_other_programs_write_them_are_read(folder):
     [
         ({"peft_type": "LOHA"}, "describes a LOHA: only LORA can be read"),
         ({"use_dora": True}, "has use_dora=True: only False can be read"),
+        ({"init_lora_weights": "pissa_niter_4"}, "which changed the weights beneath it"),
         ({"bias": "all"}, "has bias='all'"),
         ({"rank_pattern": {"linear2": 3}}, "has rank_pattern="),
         ({"r": None}, "needs numbers r and lora_alpha"),

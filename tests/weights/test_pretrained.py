@@ -159,13 +159,17 @@ def test_sampling_holds_parameters_in_the_dtype_it_computes_in(file, mesh):
 
 def test_keys_are_renamed(tmp_path, mesh, published):
     save_safetensors(tmp_path / "w.safetensors", {f"module.{key}": value for key, value in published.items()})
-    given = {"from_pretrained": str(tmp_path / "w.safetensors"), "rename_keys": {"module.": ""}}
+    given = {"from_pretrained": str(tmp_path / "w.safetensors"), "rename_keys": ("module.:",)}
     assert_published(read(given, mesh), published)
 
 
 @pytest.mark.parametrize(
     ("renames", "complaint"),
-    [({"img_inn": "x"}, "no key has 'img_inn'"), ({"img_in": "txt_in"}, r"makes txt_in\.(weight|bias) of two keys")],
+    [
+        (("img_inn:x",), "no key has 'img_inn'"),
+        (("img_in:txt_in",), r"makes txt_in\.(weight|bias) of two keys"),
+        (("img_in",), "OLD:NEW.*'img_in'"),
+    ],
 )
 def test_renames_that_do_nothing_or_join_keys_are_refused(file, mesh, renames, complaint):
     with pytest.raises(UserError, match=complaint):
@@ -232,7 +236,7 @@ def test_training_starts_from_a_file_or_at_random(file, mesh, published):
 
 def test_fields_of_the_source_are_none_of_the_network(file):
     _, config = parse_model(
-        SECTION | {"from_pretrained": file, "rename_keys": {}, "strict_load": True, "layout": "same"},
+        SECTION | {"from_pretrained": file, "rename_keys": (), "strict_load": True, "layout": "same"},
         DENOISERS,
         "config.model",
     )

@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
             "model": {
                 "type": "mmdit",
                 "from_pretrained": folder + "/Open_Sora_v2.safetensors",
-                "rename_keys": {},
+                "rename_keys": (),
                 "strict_load": True,
                 "layout": "same",
                 "adapter": placeholder(str),  # folder of a LoRA that is merged into the weights
@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
             "ae": {
                 "type": "hunyuan_vae",
                 "from_pretrained": folder + "/hunyuan_vae.safetensors",
-                "rename_keys": {},
+                "rename_keys": (),
                 "strict_load": True,
                 "layout": "same",
                 "in_channels": 3,

@@ -4,7 +4,8 @@
 
 Hardware: 576 tokens a frame and 32 latent frames, about a quarter of 768px.py; parameters as t2i2v_256px.py.
 Weights: as t2i2v_256px.py, with Open_Sora_v2_Video_DC_AE.safetensors and F32T4C128_AE.safetensors (docs/weights.md).
-Expected: samples/0000_raining-sea_image.png, then samples/0000_raining-sea.mp4 of 128 frames.
+Expected: samples/0000_raining-sea_image.png, then samples/0000_raining-sea.mp4 of 125 frames: 128
+without the three more that the image stands for.
 Source: hpcaitech/Open-Sora, `configs/diffusion/inference/high_compression.py`.
 """
 
@@ -25,7 +26,7 @@ def get_config() -> ConfigDict:
     config.ae = {
         "type": "dc_ae",
         "from_pretrained": folder + "/F32T4C128_AE.safetensors",
-        "rename_keys": {},
+        "rename_keys": (),
         "strict_load": True,
         "layout": "same",
         "model_name": "dc-ae-f32t4c128",

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.img_flux_ae = {
         "type": "flux_ae",
         "from_pretrained": folder + "/flux1-dev-ae.safetensors",
-        "rename_keys": {},
+        "rename_keys": (),
         "strict_load": True,
         "layout": "same",
         "resolution": 256,

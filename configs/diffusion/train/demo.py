@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
             "model": {
                 "type": "mmdit",
                 "from_pretrained": placeholder(str),  # to start from: a workdir or a published file
-                "rename_keys": {},
+                "rename_keys": (),
                 "strict_load": True,
                 "layout": "same",
                 "adapter": placeholder(str),  # folder of a LoRA that is merged into the weights

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.model = {
         "type": "opensora_vae",
         "from_pretrained": config.get_ref("folder") + "/OpenSora-VAE-v1.2",
-        "rename_keys": {},
+        "rename_keys": (),
         "strict_load": True,
         "layout": "same",
         "vae_2d": {

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
             "model": {
                 "type": "hunyuan_vae",
                 "from_pretrained": placeholder(str),  # to start from: a workdir or a published file
-                "rename_keys": {},
+                "rename_keys": (),
                 "strict_load": True,
                 "in_channels": 3,
                 "out_channels": 3,
