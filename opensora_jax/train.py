@@ -30,7 +30,7 @@ from opensora_jax.data.clips import ClipDataset
 from opensora_jax.data.loader import LatentSource, LoaderConfig
 from opensora_jax.data.plan.auto import BucketConfig, auto_lines, filled, with_ones
 from opensora_jax.data.plan.digests import digest
-from opensora_jax.data.plan.plan import Plan
+from opensora_jax.data.plan.plan import Plan, Rounds
 from opensora_jax.inference import stage as sampling
 from opensora_jax.inference.encode import EncodeConfig, EncodeJob
 from opensora_jax.inference.preview import Preview, PreviewConfig
@@ -54,7 +54,7 @@ from opensora_jax.training.programs import AbstractBatch, Programs
 from opensora_jax.training.recipe import Recipe
 from opensora_jax.training.throughput import Work
 from opensora_jax.training.validation import Validation, ValidationConfig
-from opensora_jax.weights.adapter import write_adapter
+from opensora_jax.weights.adapter import is_adapter, write_adapter
 from opensora_jax.weights.pretrained import (
     AUTOENCODERS,
     load,
@@ -64,6 +64,7 @@ from opensora_jax.weights.pretrained import (
 from opensora_jax.weights.workdir import Stored, check_same, is_workdir
 
 CONFIG = config_flag()
+LORA = "lora"  # folder of a workdir
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Stage(NamedTuple):
         if not is_workdir(workdir) or Stored(workdir).latest_step != self.config.loop.num_steps:
             return False
         check_same(self.config.recipe.description, Stored(workdir).meta, str(workdir))
-        return True
+        return self.config.lora is None or is_adapter(workdir / LORA)
 
 
 def parse_stages(config: ConfigDict) -> list[Stage]:
@@ -201,7 +202,7 @@ def train(stage: Stage) -> None:
     )
     if config.lora is not None:
         base = config.model["from_pretrained"]
-        write_adapter(config.workdir / "lora", config.model["type"], state.averaged_params, config.lora, base)
+        write_adapter(config.workdir / LORA, config.model["type"], state.averaged_params, config.lora, base)
 
 
 def looks(
@@ -213,8 +214,10 @@ def looks(
         other = validation_feed(config, feed)
         shards = data_shards(mesh)
         assigner = other.buckets(with_ones(config.bucket_config))
-        plan = Plan(other.table, assigner, seed=0, data_shards=shards, small_buckets="repeat", allow_empty=True)
+        plan = Rounds(other.table, assigner, seed=0, data_shards=shards, small_buckets="repeat", allow_empty=True)
         batches = Batches(other, plan, mix, mesh, config.loader)
+        network = config.recipe.network
+        objective.check(batches.examples(), cond_embed=network.cond_embed, guidance_embed=network.guidance_embed)
         found.append(Periodic(config.validation.every, Validation(graphdef, objective, batches, config.validation)))
     if config.preview.every:
         preview = make_preview(config, feed, mesh)

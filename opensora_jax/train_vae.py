@@ -118,6 +118,7 @@ def main(argv: list[str]) -> Path | None:
     examples = config.images.examples(example_batches(plan, source, host=host))
     loss = vae.VAELoss(config.vae_loss_config, perceptual_distance(config))
     meta = describe(config.model["type"], model_config) | {"ema": ema, "plan": plan.hash}
+    meta |= {"freeze": list(config.optim.freeze), "optimizer": config.optim.cls}
     state = Run(config.workdir, "train_vae", config.seed, mesh, config.loop, meta, CONFIG.value.to_dict()).fit(
         Assembled(graphdef, abstract, init, make_train_step(graphdef, loss, optimizer, ema_decay=config.ema_decay)),
         lambda start, stop: config.images.apply(

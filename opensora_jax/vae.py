@@ -138,7 +138,7 @@ def prepare(*, there_and_back: bool = False) -> Work:
     config = build(VAEConfig, CONFIG.value, "config")
     if config.num_samples is not None and config.num_samples < 1:
         raise UserError(f"config.num_samples is at least 1, or None for all clips: got {config.num_samples}")
-    connect(config.distributed)
+    connect(config.distributed, apart=True)
     module, fields = parse_model(config.model, AUTOENCODERS, "config.model")
     table = config.dataset.table()
     buckets = config.dataset.buckets(with_ones(config.bucket_config))

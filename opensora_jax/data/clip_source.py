@@ -109,7 +109,8 @@ class ClipSource:
         if too_many:
             raise UserError(
                 f"{counts}, more than max_bad_rate = {self.max_bad_rate}; last: {path} ({error}). "
-                "Probe the files again (`dataset meta`) or raise max_bad_rate"
+                "Bring the files back or raise dataset.max_bad_rate to go on; a table without them (`dataset meta`) "
+                "needs another workdir"
             )
 
     def _clip(self, sample_id: int) -> Clip:

@@ -146,7 +146,10 @@ def _read_or_replace(plan: Plan, source: Source, bucket: Bucket, sample_id: int,
         except VideoError as error:
             source.refuse(sample_id, error)
         sample_id = int(pool[mix(seed, attempt)[0] % np.uint64(len(pool))])
-    raise UserError(f"{bucket}: {REPLACEMENTS} samples in a row cannot be read; probe the files again (`dataset meta`)")
+    raise UserError(
+        f"{bucket}: {REPLACEMENTS} samples in a row cannot be read. Bring the files back to go on; a table without "
+        "them (`dataset meta`) needs another workdir"
+    )
 
 
 class LatentSource:

@@ -94,7 +94,7 @@ def run(job: EncodeJob, host: Host | None = None) -> LatentCache | None:
 
     Raises: UserError when the folder holds the cache of other encoders, settings or clips.
     """
-    connect(job.distributed)
+    connect(job.distributed, apart=True)
     host, dataset, config = host or this_host(), job.dataset, job.encode
     origin = Origin.of(with_ones(job.bucket_config), config.seed, stamps(job))
     table = dataset.table()

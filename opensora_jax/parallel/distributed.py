@@ -19,6 +19,7 @@ from opensora_jax.config.errors import UserError
 
 # environment variables with the number of processes, as a number or as a list of names
 COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
+DAYS_APART, MINUTES_APART = 30 * 24 * 3600, 300  # seconds from the end of the first process to that of the last
 TPU_DEVICES = ("accel0", "vfio/0")  # below /dev on the machine of a TPU
 
 
@@ -46,12 +47,22 @@ class DistributedConfig:
             raise ValueError(f"process_id is 0 to num_processes - 1: got {self.process_id} of {self.num_processes}.")
 
 
-def connect(config: DistributedConfig) -> None:
-    """Joins the processes of this run. Raises: UserError when they cannot be reached."""
+def connect(config: DistributedConfig, *, apart: bool = False) -> None:
+    """Joins the processes of this run. Raises: UserError when they cannot be reached.
+
+    Processes that work `apart` exchange nothing but files: one may end days before another, and SIGTERM ends each at
+    once. Others end together, or JAX ends them five minutes after the first.
+    """
     if config.coordinator_address is None and not is_one_of_many(os.environ, Path("/dev")):
         return
+    jax.config.update("jax_enable_preemption_service", not apart)
     try:
-        jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id)
+        jax.distributed.initialize(
+            config.coordinator_address,
+            config.num_processes,
+            config.process_id,
+            shutdown_timeout_seconds=DAYS_APART if apart else MINUTES_APART,
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -1,7 +1,7 @@
 """Orbax checkpoints of a run: asynchronous, sharded, one atomic step of state and metadata.
 
-A save that a crash cut short leaves a temporary folder that no restore looks at. Restoring onto another mesh works,
-since the abstract state brings a sharding for every leaf.
+A save that a crash cut short leaves a temporary folder, which no restore looks at and the next start removes. Restoring
+onto another mesh works, since the abstract state brings a sharding for every leaf.
 """
 
 import platform
@@ -46,7 +46,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(kept), enable_async_checkpointing=True
+                preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
             ),
         )
         steps = {int(path.name) for path in self.folder.iterdir() if path.name.isdigit()}
@@ -60,18 +62,19 @@ class Checkpoints:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, last: bool = False) -> None:
         """Starts saving a step in the background; a save still running is waited for first.
 
         The metadata gets the versions of packages. Raises: UserError when the disk refuses this save or has refused the
-        one before, unless the run goes on.
+        one before, unless the run goes on; the `last` save of a process has to succeed in any case.
         """
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"versions": versions()})
         )
-        with self.refusals():
+        with self._saving():
             self._manager.wait_until_finished()
-        with self.refusals():
+        self._goes_on &= not last
+        with self._saving():
             self._manager.save(step, args=arguments)
 
     def restore(self, abstract: Any, expected: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -96,7 +99,7 @@ class Checkpoints:
         Raises: UserError when the disk refuses it: nothing comes after the last save that could make up for it.
         """
         self._goes_on = False
-        with self.refusals():
+        with self._saving():
             try:
                 self._manager.wait_until_finished()
             finally:
@@ -105,23 +108,32 @@ class Checkpoints:
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
-        """Tells of what the disk refuses in one line, with what is left; what a save had written is removed.
-
-        Raises: UserError, unless the run goes on.
-        """
+        """Tells of what the disk refuses in one line, with what is left. Raises: UserError, unless the run goes on."""
         try:
             yield
         except Exception as error:
             reason = explain(error)
             if reason is None:
                 raise
-            self._cut_short |= set(self.folder.glob("*.orbax-checkpoint-tmp"))
-            self._remove_cut_short()
-            left = "no checkpoint yet" if self.latest_step is None else f"the checkpoint of step {self.latest_step}"
+            steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+            left = f"the checkpoint of step {max(steps)}" if steps else "no checkpoint yet"
             message = f"{reason}; {self.folder} keeps {left}"
             if not self._goes_on:
                 raise UserError(f"{message}, where the same command continues") from error
             logging.warning("%s; training goes on", message)
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Does as `refusals`; what a refused save had written is removed, and what it was to replace stays known."""
+        with self.refusals():
+            try:
+                yield
+            except Exception as error:
+                if explain(error) is not None:
+                    self._cut_short |= set(self.folder.glob("*.orbax-checkpoint-tmp"))
+                    self._remove_cut_short()
+                    self._manager.reload()
+                raise
 
     def _remove_cut_short(self) -> None:
         for folder in self._cut_short:

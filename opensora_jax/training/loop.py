@@ -186,7 +186,8 @@ class Run:
                     self._check_skipped(int(state.skipped) - skipped, number)
                 if number % config.ckpt_every == 0 or number == stop or stopping:
                     about = {REPLACED: int(total), "config": self.settings}
-                    checkpoints.save(number, self._kept(state), self.meta | about)
+                    last = number == stop or stopping
+                    checkpoints.save(number, self._kept(state), self.meta | about, last=last)
                 bar.update()
                 if stopping and number < stop:
                     checkpoints.close()

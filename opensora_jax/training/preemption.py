@@ -30,7 +30,12 @@ class Preemption:
 
     def is_due(self, step: int) -> bool:
         """Returns whether to stop after this step, the same in all processes, which ask at every step."""
-        return self._told if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+        if jax.process_count() == 1:
+            return self._told
+        told = multihost_utils.reached_preemption_sync_point(step)
+        if told:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would go on to swallow it
+        return told
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
         logging.warning("asked to stop (signal %d): saving after this step", number)

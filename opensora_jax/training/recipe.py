@@ -47,6 +47,7 @@ class Recipe:
     def description(self) -> dict[str, Any]:
         """What a checkpoint has to agree with to be continued."""
         found = describe(self.model["type"], self.network) | {"ema": self.ema_decay is not None}
+        found |= {"optimizer": self.optim.cls}
         return found | {"freeze": list(self.optim.freeze), "lora": self.lora and asdict(self.lora)}
 
     @property

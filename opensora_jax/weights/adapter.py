@@ -86,6 +86,11 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder, rank, alpha, _read_tensors(folder))
 
 
+def is_adapter(folder: Path) -> bool:
+    """Returns whether a folder holds a LoRA, whole: its description is written last."""
+    return (folder / CONFIG).is_file()
+
+
 def write_adapter(folder: Path, model_name: str, params: nnx.State, config: LoRAConfig, base: str | None) -> None:
     """Writes the LoRA among `params` into a folder in PEFT's format; `base` says what model it is for.
 

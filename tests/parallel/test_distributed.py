@@ -1,5 +1,6 @@
 """How processes find each other; that they train together is in tests/test_hosts.py."""
 
+import jax
 import pytest
 
 from opensora_jax.config.errors import UserError
@@ -35,7 +36,7 @@ def test_half_an_address_is_refused(fields):
 
 
 def test_processes_that_are_not_found_are_one_line(monkeypatch):
-    def initialize(*address):
+    def initialize(*address, **options):
         raise RuntimeError("DEADLINE_EXCEEDED: nobody there\nmore")
 
     monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
@@ -43,7 +44,19 @@ def test_processes_that_are_not_found_are_one_line(monkeypatch):
         connect(DistributedConfig("10.0.0.1:1234", 2, 1))
 
 
+@pytest.mark.parametrize(("apart", "seconds"), [(False, 300), (True, 30 * 24 * 3600)])
+def test_processes_that_work_apart_may_end_long_after_each_other(monkeypatch, apart, seconds):
+    before, given = jax.config.jax_enable_preemption_service, {}
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *address, **options: given.update(options))
+    try:
+        connect(DistributedConfig("10.0.0.1:1234", 2, 1), apart=apart)
+        assert jax.config.jax_enable_preemption_service is not apart  # which swallows SIGTERM
+    finally:
+        jax.config.update("jax_enable_preemption_service", before)
+    assert given == {"shutdown_timeout_seconds": seconds}
+
+
 def test_alone_nothing_is_asked(monkeypatch):
     monkeypatch.setattr(distributed, "is_one_of_many", lambda *surroundings: False)
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *address: 1 / 0)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *address, **options: 1 / 0)
     connect(DistributedConfig(None, None, None))

@@ -1,6 +1,7 @@
 """The loop on a model of one matrix: exact continuation, other meshes, and checkpoints that do not fit."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -98,7 +99,10 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path):
     whole = train(tmp_path / "whole", 7)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", 7, stop_after=5)  # the last checkpoint is that of step 4
+    killed = tmp_path / "cut" / "checkpoints" / "5.orbax-checkpoint-tmp"
+    killed.mkdir()
     assert_same(train(tmp_path / "cut", 7), whole)
+    assert not killed.exists()
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert [line["step"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl")] == list(range(1, 8))
 
@@ -288,3 +292,30 @@ def test_a_run_may_go_on_without_the_checkpoints_that_a_full_disk_refuses(disk, 
     assert "keeps the checkpoint of step 2; training goes on" in caplog.text
     assert sorted(path.name for path in (disk / "run" / "checkpoints").iterdir()) == ["8", "9"]
     assert_same(state, train(tmp_path / "whole", 9))
+
+
+@ORBAX_THREADS
+def test_the_last_checkpoint_has_to_be_saved_even_where_a_run_goes_on(disk, caplog):
+    saves, state = checkpoint.Checkpoints(disk / "run", 1, goes_on=True), {"weights": jnp.zeros(1000)}
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+
+    def save_last():
+        saves.save(4, state, {}, last=True)
+        saves.close()
+
+    saves.save(2, state, {})
+    with pytest.raises(UserError, match="keeps no checkpoint yet, where the same command continues"):
+        save_last()
+    assert "keeps no checkpoint yet; training goes on" in caplog.text
+
+
+def test_a_metric_that_the_disk_refuses_leaves_the_save_under_way(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, 1)
+    saving = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+    saving.mkdir()
+    with pytest.raises(UserError, match="keeps no checkpoint yet"), checkpoints.refusals():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert saving.is_dir()
+    checkpoints.close()

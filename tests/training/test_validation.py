@@ -10,7 +10,7 @@ from flax import nnx
 from opensora_jax.config.errors import UserError
 from opensora_jax.data.loader import LoaderConfig
 from opensora_jax.data.plan.buckets import Assignment, Bucket
-from opensora_jax.data.plan.plan import Plan
+from opensora_jax.data.plan.plan import Rounds
 from opensora_jax.diffusion import flow
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.training.conditions import ConditionMix
@@ -57,7 +57,7 @@ class Model(nnx.Module):
 
 def look(mesh, times=(0.25, 1.0), count=3, gain=0.5):
     feed = Feed(pa.table({"row": range(ROWS)}), Two(), Latents(), NULL, "", lambda batch: batch["latent"].shape[1])
-    plan = Plan(feed.table, feed.buckets, seed=0, data_shards=4, small_buckets="repeat")
+    plan = Rounds(feed.table, feed.buckets, seed=0, data_shards=4, small_buckets="repeat")
     mix = ConditionMix.parse({"t2v": 1.0}, True)
     objective = Objective(FlowConfig("uniform", False, None), DropoutRatio(1.0, 1.0), NULL, mix, None, False)
     config = ValidationConfig(1, "cache", "", count, times)

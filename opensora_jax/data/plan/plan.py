@@ -9,7 +9,7 @@ hashes are drawn, no generator of NumPy, whose streams may change between versio
 import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -171,6 +171,36 @@ class Plan:
         hashes.update(assignment.bucket.astype("<i4").data)
         hashes.update(clips.encode())
         return hashes.hexdigest()[:16]
+
+
+class Rounds(Plan):
+    """The same batches in rounds: one of every bucket, those with most samples first, until each sample was read once.
+
+    So a few steps see as many buckets as they can. A bucket's last batch is filled up with samples of its next epoch.
+    """
+
+    def __len__(self) -> int:
+        """Returns the steps after which every sample was read."""
+        return int(self._counts.sum())
+
+    def __getitem__(self, step: int) -> Step:
+        """Returns the batch of a step below the length."""
+        if not 0 <= step < len(self):
+            raise IndexError(f"a plan of {len(self)} steps has no step {step}")
+        which, batch = self._rounds[:, step]
+        with self._lock:
+            return self._read(int(which), int(batch))
+
+    @cached_property
+    def _counts(self) -> Int[np.ndarray, " K"]:
+        return -(-self._samples // self._batch)
+
+    @cached_property
+    def _rounds(self) -> Int[np.ndarray, "2 S"]:
+        """For each step a bucket's index and the number of a batch in its stream."""
+        which = np.repeat(np.arange(len(self._counts)), self._counts)
+        batch = np.concatenate([np.arange(count) for count in self._counts])
+        return np.stack([which, batch])[:, np.lexsort((which, -self._samples[which], batch))]
 
 
 def mix(*parts: int | np.ndarray) -> UInt64[np.ndarray, "..."]:

@@ -8,6 +8,7 @@ columns (scores) are kept. Clips that cannot be used stay as `bad` rows with the
 import functools
 import io
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def read_any(path: Path, wanted: str) -> pa.Table:
         if isinstance(error, OSError) and error.errno:
             raise
         raise UserError(f"Cannot read {path} ({str(error).splitlines()[0]}): it must be {wanted}.") from None
-    twice = [name for name in SCHEMA.names if table.column_names.count(name) > 1]
+    twice = sorted(name for name, count in Counter(table.column_names).items() if count > 1)
     if twice:
         raise UserError(f"{path} has several columns named {', '.join(twice)}: rename or remove all but one.")
     return table

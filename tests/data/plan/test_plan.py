@@ -9,7 +9,7 @@ import pytest
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.data.plan.buckets import Assignment, Bucket, Buckets
-from opensora_jax.data.plan.plan import Plan, mix
+from opensora_jax.data.plan.plan import Plan, Rounds, mix
 from opensora_jax.data.plan.reasons import EmptyLine, Unassigned
 
 BUCKETS = (Bucket("48px", "1:1", 9, 48, 48, 3), Bucket("48px", "1:1", 1, 48, 48, 2))
@@ -42,6 +42,17 @@ def test_after_some_epochs_every_sample_was_seen_as_often():
     epochs = 6  # 6 * 11 videos are 22 whole batches, 6 * 5 images are 15
     counts = Counter(i for _, ids, _ in steps(plan(*TWO), range(22 + 15)) for i in ids)
     assert counts == {i: epochs for i in range(17) if i != 11}
+
+
+def test_rounds_read_a_batch_of_every_bucket_and_in_the_end_every_sample():
+    rounds = Rounds({}, Given(*TWO, *[1] * 8), seed=7, data_shards=1, small_buckets="repeat")  # 13 images, 11 videos
+    order = [rounds[step].bucket.num_frames for step in range(len(rounds))]
+    assert order == [1, 9] * 4 + [1] * 3
+    assert {i for step in range(len(rounds)) for i in rounds[step].sample_ids.tolist()} == {*range(25)} - {11}
+    with pytest.raises(IndexError, match="a plan of 11 steps has no step 11"):
+        rounds[11]
+    small = Rounds({}, Given(0, 1, 1, 1, 1), seed=7, data_shards=1, small_buckets="repeat")
+    assert [small[step].bucket.num_frames for step in range(len(small))] == [1, 9, 1]
 
 
 def test_the_leftover_of_an_epoch_opens_the_next():

@@ -140,6 +140,7 @@ def test_captions_are_text_whatever_other_tools_wrote(tmp_path):
         ("words.csv", REFERENCE_CSV.replace("97", "many"), "words.csv has a value of the wrong type in num_frames"),
         ("rate.csv", REFERENCE_CSV.replace("24.0", "fast"), "rate.csv has a value of the wrong type in fps: .*fast"),
         ("twice.csv", REFERENCE_CSV.replace("score_vmafmotion", "text"), "several columns named text"),
+        ("more.csv", "path,text,score,score\na.mp4,a,1,2\n", "several columns named score"),
     ],
 )
 def test_a_wrong_table_is_the_users_mistake(tmp_path, name, content, message):
