@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax import Array
 from tqdm import tqdm
@@ -60,6 +61,14 @@ class Validation:
 
     def __init__(self, graphdef: nnx.GraphDef, objective: Objective, batches: Batches, config: ValidationConfig):
         self._batches, self._config = batches, config
+        buckets = len(batches.plan.buckets)
+        if buckets > config.batches:
+            logging.warning(
+                "validation looks at %d of %d buckets: validation.batches=%d is for all",
+                config.batches,
+                buckets,
+                buckets,
+            )
 
         @jax.jit
         def losses(params: nnx.State, batch: Batch, key: Array) -> Array:

@@ -97,6 +97,12 @@ def test_looking_twice_gives_the_same_and_the_average_is_what_is_looked_at():
     assert first["validation_loss"] != other["validation_loss"]
 
 
+def test_buckets_that_are_never_looked_at_are_told_of(caplog):
+    found, _ = look(make_mesh(MeshConfig(2, 2, 1, 2)), count=1)
+    assert not any(" of " in name for name in found)
+    assert "validation looks at 1 of 2 buckets: validation.batches=2 is for all" in caplog.text
+
+
 def test_no_more_batches_are_read_than_an_epoch_has():
     found, plan = look(make_mesh(MeshConfig(2, 2, 1, 2)), count=1000)
     assert len(plan) < 10
