@@ -18,8 +18,12 @@ step() {
 }
 
 if [ -n "$DATA" ]; then
-    name=$(basename "$DATA")
-    OUT=${OUT:-outputs/${name%.*}}
+    if [ -d "$DATA" ]; then
+        name=$(basename "$(cd "$DATA" && pwd)")
+    else
+        name=$(basename "${DATA%.*}")
+    fi
+    OUT=${OUT:-outputs/$name}
     prompts=(--config.dataset.data_path="$OUT/meta.parquet" --config.num_samples=8)
     held_out=  # some of your clips are held out instead
 else

@@ -21,7 +21,8 @@ find_python() {
 }
 
 make_venv() {
-    is_supported .venv/bin/python && return
+    # One that an interrupted run left behind has neither pip nor the file that is written last.
+    is_supported .venv/bin/python && { [ -s .venv/made-by ] || .venv/bin/python -m pip --version >/dev/null 2>&1; } && return
     local python
     python=$(find_python) || return 1
     echo "Making .venv with $("$python" --version)"

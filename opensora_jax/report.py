@@ -21,6 +21,7 @@ from opensora_jax.config.command import run
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.files import replacing, write_json
 from opensora_jax.data import shapes
+from opensora_jax.data.media.video import VideoError
 from opensora_jax.data.table import sources
 from opensora_jax.inference import outputs
 from opensora_jax.training.curves import series, write_curves
@@ -93,6 +94,14 @@ def command_times(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def read(file: Path) -> outputs.Frames:
+    """Returns a video's frames. Raises: MissingPartError for one that is missing or damaged."""
+    try:
+        return outputs.read(file)
+    except VideoError as error:
+        raise MissingPartError(f"{file} ({error})") from error
+
+
 def training(workdir: Path) -> dict[str, float | int]:
     """Returns steps, first and last loss, mean loss of the last tenth, and median seconds of a step."""
     metrics = read_metrics(workdir / "metrics.jsonl")
@@ -121,7 +130,7 @@ def validation(folder: Path) -> dict[str, Any]:
     if captions.is_file():
         rows = sources.list_clips(captions).clips.to_pylist()
         pairs = [(Path(row["path"]), shapes.parse_caption(row["text"])) for row in rows]
-        right = [shapes.identify(outputs.read(file))["shape"] == spec.shape for file, spec in pairs if spec]
+        right = [shapes.identify(read(file))["shape"] == spec.shape for file, spec in pairs if spec]
         found |= {"shape_accuracy": float(np.mean(right))} if right else {}
     return found
 
@@ -135,7 +144,7 @@ def prompt_following(folder: Path) -> dict[str, Any]:
     checked = [(file, spec) for file, spec in asked if spec is not None and file.suffix == ".mp4" and file.is_file()]
     if not checked:
         raise MissingPartError("prompt following (the prompts are not captions of the demo set, so nothing to compare)")
-    shown = [(shapes.identify(outputs.read(file)), spec) for file, spec in checked]
+    shown = [(shapes.identify(read(file)), spec) for file, spec in checked]
     right = {name: [seen[name] == getattr(spec, name) for seen, spec in shown] for name in ATTRIBUTES}
     return {"samples": len(shown)} | {f"{name}_accuracy": float(np.mean(right[name])) for name in ATTRIBUTES}
 

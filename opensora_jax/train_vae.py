@@ -169,7 +169,8 @@ def split(table: pa.Table, config: ValidationConfig, buckets: Buckets, seed: int
     held_out = np.random.default_rng(seed).permutation(usable)[:count]
     if count == 0:
         return table, table
-    return table.take(np.setdiff1d(np.arange(len(table)), held_out)), table.take(np.sort(held_out))
+    chosen = np.isin(np.arange(len(table)), held_out)
+    return table.filter(pa.array(~chosen)), table.filter(pa.array(chosen))
 
 
 def validate(config: TrainVAEConfig, codec: Codec, table: pa.Table, rows: list[tuple[Bucket, int]]) -> dict[str, Any]:

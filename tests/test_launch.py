@@ -137,6 +137,16 @@ def test_an_interrupted_install_is_done_again(start, tmp_path):
     assert len(installs(tmp_path)) == 2
 
 
+def test_an_environment_that_an_interrupt_left_half_made_is_made_again(start, tmp_path):
+    assert start().returncode == 0
+    (tmp_path / ".venv" / "made-by").unlink()
+    assert "Making .venv" not in start().stdout  # made by hand, with its own pip
+    (tmp_path / ".venv" / "pip").unlink()
+    again = start()
+    assert again.returncode == 0
+    assert "Making .venv" in again.stdout
+
+
 def test_a_python_without_ensurepip_uses_the_systems_pip(start, tmp_path):
     process = start(ensurepip=1)
     assert process.returncode == 0, process.stderr

@@ -88,6 +88,15 @@ def test_an_empty_folder_gives_a_report_that_names_what_is_missing(tmp_path):
     assert "Missing" in report.table(summary)
 
 
+def test_a_damaged_video_is_named_and_the_rest_is_reported(demo):
+    video = next((demo / "samples").glob("*.mp4"))
+    video.write_bytes(video.read_bytes()[:100])
+    summary = report.summarize(demo, None)
+    assert any(str(video) in part for part in summary["missing"])
+    assert summary["prompt_following"] is None
+    assert summary["diffusion"]["training"]["steps"]
+
+
 def test_prompts_that_are_no_captions_of_the_demo_set_are_not_judged(demo):
     clip = np.zeros((3, 16, 16, 3), np.uint8)
     record = outputs.save(demo / "samples", "cat", clip, 8.0, {"key": "", "prompt": "a cat in the rain"})

@@ -1,5 +1,6 @@
 """Files that appear complete or not at all: written under another name, which is exchanged when they are whole."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from opensora_jax.config.errors import UserError
 
 
 def unfinished(path: Path) -> Path:
@@ -24,6 +27,20 @@ def sweep(folder: Path) -> None:
     for path in folder.iterdir():
         if is_unfinished(path.name):
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Holds a lock on a file while the block runs; the system unlocks what is killed.
+
+    Raises: UserError if another process holds it.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another run holds {path}: wait for it, or choose another --output.") from None
+        yield
 
 
 @contextmanager

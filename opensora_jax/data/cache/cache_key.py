@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from opensora_jax.data.plan.buckets import Bucket
 from opensora_jax.data.plan.digests import clip_names, column_digest, digest
+from opensora_jax.data.table.records import take
 
 FACTS = ("record", "size_bytes", "mtime_ns", "num_frames", "height", "width", "fps", "variable_fps")
-ROWS_AT_ONCE = 1 << 20
 LONGEST_VALUE = 30  # characters of a setting that a message repeats
 
 
@@ -55,7 +55,7 @@ def clips_digest(table: pa.Table, rows: Sequence[int] | np.ndarray) -> str:
     their times were not copied and `dataset meta` has probed them again. Rows are told by their number, too.
     """
     rows = np.asarray(rows, np.int64)
-    used = pa.table({name: _take(table[name], rows) for name in ("path", "shard", *FACTS)})
+    used = pa.table({name: take(table[name], rows) for name in ("path", "shard", *FACTS)})
     names = (column_digest(*part) for part in clip_names(used))
     return digest(rows.astype("<i8").tobytes(), *names, *(column_digest(used[name]) for name in FACTS))
 
@@ -66,11 +66,6 @@ def buckets_digest(rows: Sequence[tuple[Bucket, int]]) -> str:
     order = np.fromiter((numbers.setdefault(bucket, len(numbers)) for bucket, _ in rows), "<i8", len(rows))
     shapes = [[b.resolution, b.aspect_ratio, b.num_frames, b.height, b.width] for b in numbers]
     return digest(json.dumps(shapes), order.tobytes())
-
-
-def _take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:
-    parts = [column.take(pa.array(rows[i : i + ROWS_AT_ONCE])) for i in range(0, len(rows), ROWS_AT_ONCE)]
-    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], column.type)
 
 
 def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -64,6 +64,8 @@ class RecordReader:
 
     def read(self, path: str | Path, record: int) -> bytes:
         """Returns a record of a file. Raises: RecordError when it is not there or damaged."""
+        if record < 0:
+            raise RecordError(f"{path}, record {record}: records are numbered from 0")
         try:
             return self._reader(str(path)).read([record])[0]
         except RuntimeError as error:

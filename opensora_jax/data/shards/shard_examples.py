@@ -56,8 +56,8 @@ class TableClips:
     def examples(self, rows: Int[np.ndarray, " N"]) -> Iterator[tuple[int, bytes | VideoError]]:
         """Yields each row with its record, or with the reason why there is none."""
         serializer = tfds.core.ExampleSerializer(self.features.get_serialized_info())
-        places = self.table.select(PLACE).take(rows).to_pylist()
-        facts = self.facts.take(rows).to_pylist()
+        places = records.take_rows(self.table.select(PLACE), rows).to_pylist()
+        facts = records.take_rows(self.facts, rows).to_pylist()
         for row, place, fact in zip(rows.tolist(), places, facts, strict=True):
             try:
                 encoded = self.features.encode_example({CLIP: self._encoded(**place)} | fact)
@@ -96,7 +96,7 @@ def _clip_sizes(table: pa.Table, rows: Int[np.ndarray, " N"]) -> Int[np.ndarray,
         raise UserError(
             f"{unknown} of the {len(rows)} ok rows have no size_bytes: run `dataset meta` on the table first."
         )
-    shard = table["shard"].combine_chunks().dictionary_encode().indices.to_numpy()
+    shard = records.numbered(table["shard"]).indices.to_numpy()
     inside = pc.not_equal(table["shard"], "").to_numpy()
     sizes[inside] //= np.bincount(shard)[shard[inside]]
     return sizes

@@ -28,8 +28,8 @@ from opensora_jax.data.shards.tfds_folder import TfdsFolder
 from opensora_jax.data.table import records
 from opensora_jax.data.table.probing import file_stamp
 
-MAX_LOST_RATE = 0.1  # of the clips read; MIN_READ of them say nothing yet
-MIN_READ = 100
+MAX_LOST_RATE = 0.1  # of all clips
+FEW_LOST = 10  # say nothing
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ def write_shards(table: pa.Table, folder: Path, *, name: str, shard_bytes: int, 
     parts = np.split(clips.rows, boundaries(clips.sizes[clips.rows], shard_bytes))
     output = TfdsFolder(folder, name, digest(clips.key, name, str(shard_bytes)), len(parts))
     output.claim()
+    with output.writing():
+        return _write(table, clips, parts, output, num_workers)
+
+
+def _write(
+    table: pa.Table, clips: TableClips, parts: list[Int[np.ndarray, " _"]], output: TfdsFolder, num_workers: int
+) -> Summary:
     missing = _missing(output)
     if missing:
         output.reopen()
@@ -64,11 +71,12 @@ def write_shards(table: pa.Table, folder: Path, *, name: str, shard_bytes: int, 
     kept = [part[~np.isin(part, list(left_out))] for part in parts]
     summary = Summary(sum(map(len, kept)), len(parts), len(missing), Counter(left_out.values()).most_common())
     if not summary.clips:
-        shutil.rmtree(folder)
+        shutil.rmtree(output.folder)
         reason = summary.left_out[0][0]
         raise UserError(f"None of the {len(clips.rows)} clips is as it was ({reason}): is the disk mounted?")
-    if not output.is_complete():
-        records.write_table(_placed(table, kept, left_out, output), folder / "meta.parquet")
+    table_file = output.folder / "meta.parquet"
+    if not output.is_complete() or not table_file.is_file():
+        records.write_table(_placed(table, kept, left_out, output), table_file)
         output.complete(clips.features, list(map(len, kept)))
     return summary
 
@@ -128,7 +136,7 @@ class _Copy:
         self.read += 1
         if isinstance(example, VideoError):
             self.lost += 1
-            if self.lost > MAX_LOST_RATE * max(self.read, MIN_READ):
+            if self.lost > max(MAX_LOST_RATE * len(self.clips.rows), FEW_LOST):
                 lost = f"{self.lost} of {self.read} clips are not as they were, the last because of: {example}"
                 raise UserError(f"{lost}. If a disk is back now, run the same command; else run `dataset meta` again.")
 

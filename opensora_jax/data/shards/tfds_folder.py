@@ -6,7 +6,8 @@ used: the names of files, features.json and dataset_info.json. The result is rea
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.config.files import is_unfinished, sweep, write_json
+from opensora_jax.config.files import is_unfinished, only_one, sweep, write_json
 from opensora_jax.data.shards.shards import FORMAT
 
 SPLIT = "train"
@@ -56,7 +57,13 @@ class TfdsFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(about, {"key": self.key, "shards": self.shards})
         (self.folder / NOTES).mkdir(exist_ok=True)
-        sweep(self.folder)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps other processes out while the block runs; what killed ones left is removed. Raises: UserError."""
+        with only_one(self.folder / NOTES / "lock"):
+            sweep(self.folder)
+            yield
 
     def note(self, shard: int, **facts: Any) -> None:
         """Marks a shard, whose file is whole, as finished."""

@@ -48,6 +48,8 @@ def describe(path: str, shard: str = "", record: int = 0, *, fps: float | int | 
     """
     row = {"path": path, "shard": shard, "record": record} | NOTHING
     row["mtime_ns"], row["size_bytes"] = file_stamp(shard or path)
+    if shard and row["size_bytes"] == 0:
+        return row | {"reason": "no such file"}
     try:
         clip, row["text"] = SHARDS.read_with_text(shard, record) if shard else (_file(path), "")
         info = probe(clip, fps=fps)

@@ -56,6 +56,7 @@ NO_CAPTION = ("nan", "NaN", "NAN")  # what other tools write for nothing
 SIZES = ("num_frames", "height", "width")
 MOST = (10**8, 2**16, 2**16)  # of SIZES: more (48 days at 24 fps) is a mistake in the table
 MOST_FPS = 1000.0  # a frame in each millisecond, which is as fine as many containers tell times
+TAKEN = 2**17  # rows at a time
 
 
 def read_table(path: str | Path) -> pa.Table:
@@ -66,7 +67,7 @@ def read_table(path: str | Path) -> pa.Table:
     """
     path = Path(path)
     table = read_any(path, "a table made by `python -m opensora_jax.dataset meta`")
-    require(table, REQUIRED, path)
+    require(table, REQUIRED, path, "Add them or run `dataset meta` on it.")
     columns = [column(table, name, path) for name in SCHEMA.names]
     extra = further_columns(table)
     table = pa.table(columns + [table[name] for name in extra], names=SCHEMA.names + extra)
@@ -121,12 +122,12 @@ def read_any(path: Path, wanted: str) -> pa.Table:
     return table
 
 
-def require(table: pa.Table, names: list[str], path: Path) -> None:
-    """Raises UserError if columns are missing."""
+def require(table: pa.Table, names: list[str], path: Path, advice: str) -> None:
+    """Raises UserError, with an advice, if columns are missing."""
     missing = [name for name in names if name not in table.column_names]
     if missing:
         had = f"it has {', '.join(table.column_names)[:200]} and needs {','.join(names)}"
-        raise UserError(f"{path} lacks {', '.join(missing)}: {had}. Add them or run `dataset meta` on it.")
+        raise UserError(f"{path} lacks {', '.join(missing)}: {had}. {advice}")
 
 
 def column(table: pa.Table, name: str, path: Path) -> Any:
@@ -138,6 +139,28 @@ def column(table: pa.Table, name: str, path: Path) -> Any:
         return _captions(table[name], path)
     nothing = FILLED.get(name, "" if pa.types.is_string(field.type) else 0)
     return pc.fill_null(_cast(table[name], field, path), nothing)
+
+
+def take(column: pa.ChunkedArray, rows: Any) -> pa.ChunkedArray:
+    """Returns the values at these rows, null for null; Arrow's own `take` fails where texts together exceed 2 GiB."""
+    wide = _wide(column)
+    parts = [wide.take(rows[i : i + TAKEN]).cast(column.type) for i in range(0, len(rows), TAKEN)]
+    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], column.type)
+
+
+def take_rows(table: pa.Table, rows: Any) -> pa.Table:
+    """Returns a table with `take` of every column."""
+    return pa.table({name: take(table[name], rows) for name in table.column_names})
+
+
+def numbered(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    """Returns the column's distinct values, in the order they first come in, and the number of each row's."""
+    return _wide(column).combine_chunks().dictionary_encode()
+
+
+def _wide(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns texts with offsets of 64 bits, and any other column as it is."""
+    return column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
 
 
 def further_columns(table: pa.Table) -> list[str]:
@@ -156,7 +179,7 @@ def map_shards(table: pa.Table, change: Callable[[str], str]) -> pa.Table:
     """Returns the table with every shard's name changed, each distinct one once; "" stays."""
     if "shard" not in table.column_names:
         return table
-    encoded = table["shard"].combine_chunks().dictionary_encode()
+    encoded = numbered(table["shard"])
     names = pa.array([change(name) if name else name for name in encoded.dictionary.to_pylist()], pa.string())
     return with_column(table, "shard", names.take(encoded.indices))
 

@@ -5,6 +5,7 @@ or metadata.csv, else the file's name in words. What these tables name besides i
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ def list_clips(source: str | Path, split: str = "train") -> Listing:
 
 def drop_repeats(clips: pa.Table) -> tuple[pa.Table, list[str]]:
     """Returns the table without the rows whose clip stands in a row above, and the names of those."""
-    codes = keys(clips).combine_chunks().dictionary_encode().indices.to_numpy()  # numbered as they first come
+    codes = records.numbered(keys(clips)).indices.to_numpy()
     again = np.ones(len(clips), bool)
     again[np.unique(codes, return_index=True)[1]] = False
     return clips.filter(pa.array(~again)), clips.filter(pa.array(again))["path"].to_pylist()
@@ -85,7 +86,7 @@ def keys(clips: pa.Table) -> pa.ChunkedArray:
 
 def _of_table(path: Path) -> pa.Table:
     table = records.read_any(path, "a .csv or .parquet with path,text")
-    records.require(table, ["path", "text"], path)
+    records.require(table, ["path", "text"], path, "Rename or add them.")
     extra = table.select(records.further_columns(table))
     named = {name: records.column(table, name, path) for name in (*KEY, "text")}
     in_shard = pc.not_equal(named["shard"], "").to_pylist()
@@ -103,19 +104,37 @@ def _of_tfds(folder: Path, split: str) -> pa.Table:
     return _clips(names, shards, [record.record for record in found], [None] * len(found))
 
 
+def _visible(folder: Path) -> Iterator[Path]:
+    """Yields all files and folders below a folder, through links, but not what a leading dot hides.
+
+    Raises: OSError for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(place)
+        folders[:] = [name for name in folders if real not in seen and not name.startswith(".")]
+        if real not in seen:
+            yield from (Path(place, name) for name in (*folders, *files) if not name.startswith("."))
+        seen.add(real)
+
+
 def _of_folder(folder: Path) -> Listing:
     """Returns the clips of a folder, then the other rows of its table: repeated ones, and those without such a file."""
     folder = Path(os.path.abspath(folder))
-    visible = sorted(p for p in folder.rglob("*") if not p.name.startswith("."))
+    visible = sorted(_visible(folder))
     files = [p for p in visible if p.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
     tables = [folder / name for name in CAPTION_FILES if (folder / name).exists()]
     table = _of_table(tables[0]) if tables else _files([], [])
     clips = _files([_readable(str(p)) for p in files], [_caption_beside(p) for p in files])
     row = pc.index_in(keys(clips), value_set=keys(table))  # of several the first
     words = pa.array([_readable(p.stem).replace("_", " ").replace("-", " ") for p in files], pa.string())
-    clips = records.with_column(clips, "text", pc.coalesce(clips["text"], table["text"].take(row), words))
+    clips = records.with_column(clips, "text", pc.coalesce(clips["text"], records.take(table["text"], row), words))
     for name in records.further_columns(table):
-        clips = clips.append_column(name, table[name].take(row))
+        clips = clips.append_column(name, records.take(table[name], row))
     others = np.ones(len(table), bool)
     others[row.drop_null().to_numpy()] = False
     clips = pa.concat_tables([clips, table.filter(pa.array(others))])

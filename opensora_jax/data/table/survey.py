@@ -172,7 +172,7 @@ def _finished_rows(output: Path) -> pa.Table:
 
 def _unchanged(rows: pa.Table, num_threads: int) -> pa.Table:
     """Returns the rows whose file has kept its time and size."""
-    files = pc.if_else(pc.equal(rows["shard"], ""), rows["path"], rows["shard"]).combine_chunks().dictionary_encode()
+    files = records.numbered(pc.if_else(pc.equal(rows["shard"], ""), rows["path"], rows["shard"]))
     names = files.dictionary.to_pylist()
     parts = [names[first : first + STAMPS] for first in range(0, len(names), STAMPS)]
     with ThreadPoolExecutor(num_threads) as pool:
@@ -184,7 +184,7 @@ def _unchanged(rows: pa.Table, num_threads: int) -> pa.Table:
 
 def _joined(clips: pa.Table, found: pa.Table) -> pa.Table:
     """Returns the rows of `clips` with what was found, the columns of SCHEMA first."""
-    found = found.take(pc.index_in(keys(clips), value_set=keys(found)))
+    found = records.take_rows(found, pc.index_in(keys(clips), value_set=keys(found)))
     clips = records.with_column(clips, "text", pc.coalesce(clips["text"], found["text"], ""))
     for name in clips.column_names:
         found = records.with_column(found, name, clips[name])

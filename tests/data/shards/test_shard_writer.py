@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 
 from opensora_jax import dataset
 from opensora_jax.config.errors import UserError
+from opensora_jax.config.files import only_one
 from opensora_jax.data.plan.buckets import Buckets
 from opensora_jax.data.plan.plan import Plan
 from opensora_jax.data.shards import shard_writer
@@ -164,7 +165,7 @@ def test_a_shard_whose_files_are_all_lost_is_empty(meta, tmp_path):
 
 
 def test_where_all_files_of_a_small_table_are_lost_nothing_is_written(meta, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_writer, "MIN_READ", 130)  # so that the 13th would be one too many
+    monkeypatch.setattr(shard_writer, "FEW_LOST", 12)  # so that the 13th would be one too many
     (tmp_path / "files").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"None of the 12 clips is as it was \(no such file\)"):
         make(meta, tmp_path / "out")
@@ -173,8 +174,22 @@ def test_where_all_files_of_a_small_table_are_lost_nothing_is_written(meta, tmp_
     assert make(meta, tmp_path / "out").clips == 12
 
 
+def test_two_runs_do_not_write_one_folder(meta, tmp_path):
+    make(meta, tmp_path / "out")
+    with only_one(tmp_path / "out" / "notes" / "lock"), pytest.raises(UserError, match=r"Another run holds .*lock"):
+        make(meta, tmp_path / "out")
+
+
+def test_a_lost_table_of_a_finished_folder_is_written_again(meta, tmp_path):
+    make(meta, tmp_path / "out")
+    before = (tmp_path / "out" / "meta.parquet").read_bytes()
+    (tmp_path / "out" / "meta.parquet").unlink()
+    assert make(meta, tmp_path / "out").new_shards == 0
+    assert (tmp_path / "out" / "meta.parquet").read_bytes() == before
+
+
 def test_a_disk_that_goes_away_ends_the_run_and_the_next_one_has_all_clips(meta, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_writer, "MIN_READ", 20)  # so that the third lost clip is too many
+    monkeypatch.setattr(shard_writer, "FEW_LOST", 2)  # so that the third lost clip is too many
     (tmp_path / "files").rename(tmp_path / "elsewhere")
     (tmp_path / "files").mkdir()
     for number in (0, 2, 3, 5):

@@ -6,6 +6,7 @@ import pytest
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.data.media.video_writer import write_video
+from opensora_jax.data.shards.record_files import RecordError, RecordReader
 from opensora_jax.data.table import probing
 from opensora_jax.data.table.probing import describe, in_processes
 
@@ -55,6 +56,12 @@ def test_a_good_file_gives_a_full_row(tmp_path):
 def test_a_bad_file_gives_a_row_with_the_reason(path, reason):
     row = describe(path)
     assert (row["path"], row["status"], row["reason"], row["num_frames"]) == (path, "bad", reason, 0)
+
+
+def test_a_shard_that_is_gone_and_a_record_that_cannot_be_are_bad_rows(tmp_path):
+    assert describe("a", str(tmp_path / "gone" / "x.array_record"), 0)["reason"] == "no such file"
+    with pytest.raises(RecordError, match="record -1: records are numbered from 0"):
+        RecordReader().read(tmp_path / "x.array_record", -1)
 
 
 def test_processes_find_what_one_finds(tmp_path, monkeypatch):

@@ -177,3 +177,11 @@ def test_a_column_that_a_csv_cannot_hold_is_named(tmp_path):
     with pytest.raises(UserError, match=r"The column boxes \(list.*\) cannot stand in a CSV: write a \.parquet"):
         write_table(pa.table({"path": ["a"], "boxes": [[1, 2]]}), tmp_path / "table.csv")
     assert os.listdir(tmp_path) == []
+
+
+def test_rows_are_taken_block_by_block_and_texts_keep_their_type(monkeypatch):
+    monkeypatch.setattr(records, "TAKEN", 2)
+    column = pa.chunked_array([["a", "b"], ["c", None]], pa.string())
+    found = records.take(column, pa.array([3, 0, 2, None, 1]))
+    assert (found.to_pylist(), found.type) == ([None, "a", "c", None, "b"], pa.string())
+    assert records.numbered(column).indices.to_pylist() == [0, 1, 2, None]

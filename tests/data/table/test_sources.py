@@ -34,6 +34,16 @@ def test_a_folder_lists_videos_and_images_with_their_captions(tmp_path):
     ]
 
 
+def test_folders_behind_links_are_searched_and_hidden_ones_are_not(tmp_path):
+    for name in ("disk/part/a.mp4", "videos/b.mp4", "videos/.thumbnails/c.mp4", "videos/.d.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "videos" / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "videos")
+    found = list_clips(tmp_path / "videos").clips["path"].to_pylist()
+    assert [str(Path(path).relative_to(tmp_path / "videos")) for path in found] == ["b.mp4", "linked/part/a.mp4"]
+
+
 def test_the_table_of_a_folder_gives_captions_scores_and_what_else_it_names(tmp_path, monkeypatch):
     touch(tmp_path, "set/a.mp4", "set/b.mp4", "set/c.dat", "set/d.png")
     rows = "a.mp4,first,1.5\ngone.mp4,x,2.5\na.mp4,second,3.5\nc.dat,named here,4.5\n./d.png,,5.5\n"
