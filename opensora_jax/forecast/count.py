@@ -1,6 +1,7 @@
 """Operations of a traced program: its products of matrices and convolutions, loops times their length.
 
-A product (m, k) x (k, n) counts 2 m k n, as in `training/flops.py`; what is recomputed counts again. Kernels of Pallas
+A product (m, k) x (k, n) counts 2 m k n, as in `training/flops.py`, a sum of products nothing; what is recomputed counts
+again. Kernels of Pallas
 count what their body does at every place of their grid, so that a call in compiled text can be told what it takes.
 """
 
@@ -82,8 +83,10 @@ def _times(equation: core.JaxprEqn) -> int:
 
 
 def _dot(equation: Any) -> int:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
+    (contracted, _), (shared, _) = equation.params["dimension_numbers"]
+    left, right = (given.aval.shape for given in equation.invars)
+    if len(left) == len(right) == len(contracted) + len(shared):
+        return 0  # a sum of products, value by value: nothing for a matrix unit
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
 
 

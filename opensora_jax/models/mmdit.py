@@ -23,6 +23,7 @@ from opensora_jax.nn.linear import Linear, zeros
 from opensora_jax.nn.norm import RMSNorm, standardize
 from opensora_jax.nn.prologue import normed_and_rotated
 from opensora_jax.nn.rope import Table, rope_table, rotate_half, rotate_pairs
+from opensora_jax.nn.scaled import scaled
 from opensora_jax.nn.stack import RematPolicy, Stack
 from opensora_jax.parallel.gather import replicated
 from opensora_jax.parallel.sequence import attend, per_device
@@ -162,7 +163,7 @@ class Modulation(nnx.Module):
 
 def modulate(x: Float[Array, "B L D"], shift: Array, scale: Array) -> Float[Array, "B L D"]:
     """Returns the normalised `x`, scaled and shifted."""
-    return replicated((1 + scale) * standardize(x) + shift)
+    return replicated(scaled(standardize(x), 1 + scale) + shift)
 
 
 class DoubleStreamBlock(nnx.Module):

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from opensora_jax.kernels.choice import platform
+from opensora_jax.nn.scaled import scaled
 from opensora_jax.parallel.gather import is_split_along_tensor, whole
 
 Init = Callable[[Array, tuple[int, ...], DTypeLike], Array]
@@ -79,7 +80,7 @@ class Linear(nnx.Module):
         activations again leave this product out, and others need not keep its result.
         """
         if parts[0].shape[1] < MANY_ROWS or not self.is_kernel_all or is_split_along_tensor():
-            return gate * self.joined(parts)
+            return scaled(self.joined(parts), gate)
         x = _side_by_side(parts)
         bias = None if self.bias is None else whole(self.bias, self.dtype)
         return _gated(x.astype(self.dtype), whole(self.kernel, self.dtype), bias, gate)

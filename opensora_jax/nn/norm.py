@@ -7,6 +7,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from opensora_jax.nn.scaled import scaled
+
 
 class RMSNorm(nnx.Module):
     """Root-mean-square norm of the last axis; the normalised value is rounded to the input dtype before the gain.
@@ -21,14 +23,15 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse).astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return scaled(wide, inverse).astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
 def standardize(x: Float[Array, "*B D"], eps: float = 1e-6) -> Float[Array, "*B D"]:
     """Returns `x` with zero mean and unit variance over the last axis (a LayerNorm without parameters)."""
     wide = x.astype(jnp.float32)
     wide = wide - wide.mean(-1, keepdims=True)
-    return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+    inverse = jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + eps)
+    return scaled(wide, inverse).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
