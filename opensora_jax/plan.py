@@ -32,7 +32,7 @@ from opensora_jax.forecast.jobs import Group, Wanted, has_auto, make_groups, mis
 from opensora_jax.forecast.search import candidates
 from opensora_jax.forecast.timeline import Assumptions
 from opensora_jax.forecast.topology import check_compiler, parse_topology
-from opensora_jax.forecast.work import Failure, Workplace, pending
+from opensora_jax.forecast.work import MEMORY, Failure, Workplace, compilers_at_once, pending
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opensora_jax" / "plan"
 GIB = 2**30
@@ -77,7 +77,7 @@ Answers = list[tuple[Group, list[tuple[Wanted, Answer]]]]
 
 def workplace() -> Workplace:
     """Returns where answers are kept."""
-    return Workplace(Path(flags.FLAGS.cache), flags.FLAGS.timeout)
+    return Workplace(Path(flags.FLAGS.cache), flags.FLAGS.timeout, flags.FLAGS.at_once or compilers_at_once())
 
 
 def assumed() -> Assumptions:
@@ -105,15 +105,15 @@ def _number(text: str) -> int | float | str:
 
 
 def forecasts(jobs: Sequence[Job]) -> dict[str, Answer]:
-    """Returns the forecast of each job by its key; those that are not known yet are compiled one after the other."""
+    """Returns the forecast of each job by its key; those that are not known yet are compiled."""
     place, memory = workplace(), flags.FLAGS.memory
     limit = None if memory is None else int(memory * GIB)
+    jobs = list({job.key: job for job in jobs}.values())
     found: dict[str, Answer] = {}
     often = 0.5 if sys.stderr.isatty() else 20  # seconds: in a log file a line now and then
     new = bool(pending(place, jobs))
     with tqdm(total=len(jobs), desc="compile", unit="program", disable=not new, mininterval=often) as bar:
-        for job in jobs:
-            answer = place.do(job, partial(_say, bar, job.title))
+        for job, answer in place.answers(jobs, partial(_say, bar)):
             if isinstance(answer, Facts):
                 found[job.key] = forecast(job, answer, place.texts, assumed(), limit)
             else:
@@ -122,8 +122,8 @@ def forecasts(jobs: Sequence[Job]) -> dict[str, Answer]:
     return found
 
 
-def _say(bar: tqdm, title: str, text: str) -> None:
-    bar.set_postfix_str(f"{title}: {text}", refresh=False)
+def _say(bar: tqdm, text: str) -> None:
+    bar.set_postfix_str(text, refresh=False)
     bar.update(0)
 
 
@@ -211,6 +211,12 @@ def define_flags() -> None:
     for name, what in ("kernel_efficiency", "the peak that kernels reach"), ("link_efficiency", "links' bandwidth"):
         flags.DEFINE_float(name, getattr(Assumptions, name), f"share of {what}", lower_bound=0.01, upper_bound=1.0)
     flags.DEFINE_float("timeout", 1800, "seconds that compiling a program may take", lower_bound=1)
+    flags.DEFINE_integer(
+        "at_once",
+        None,
+        f"compilers that run; one for each core and {MEMORY // GIB} GiB of memory without",
+        lower_bound=1,
+    )
     flags.DEFINE_string("cache", str(CACHE), "folder of answers")
     flags.DEFINE_string("job", None, "a job of another plan, to be done in this process")
     flags.DEFINE_string("answer", None, "where to write its answer")

@@ -1,8 +1,8 @@
 """Operations of a traced program: its products of matrices and convolutions, loops times their length.
 
-A product (m, k) x (k, n) counts 2 m k n, as in `training/flops.py`, a sum of products nothing; what is recomputed counts
-again. Kernels of Pallas
-count what their body does at every place of their grid, so that a call in compiled text can be told what it takes.
+A product (m, k) x (k, n) counts 2 m k n, as in `training/flops.py`, and a sum of products nothing; what is recomputed
+counts again. Kernels of Pallas count what their body does at every place of their grid, so that a call in compiled text
+can be told what it takes.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Jobs done by processes of their own, one at a time on this machine, and their answers kept.
+"""Jobs done by processes of their own, as many at a time as this machine holds, and their answers kept.
 
-A compiler that crashes, or takes too long, is a result too. An answer is a file named after all that it depends on; a
-lock keeps two compilers from sharing the machine's memory.
+A compiler that crashes, or takes too long, is a result too. An answer is a file named after all that it depends on.
+Locks keep plans from filling the machine's memory together, and from doing the same job twice.
 """
 
 import fcntl
@@ -14,15 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from opensora_jax.forecast.facts import Facts
 from opensora_jax.forecast.job import Job
 from opensora_jax.forecast.topology import ENVIRONMENT
 
-LOCK = Path(tempfile.gettempdir()) / f"opensora_jax_plan_{os.getuid()}.lock"
+LOCKS = Path(tempfile.gettempdir()) / f"opensora_jax_plan_{os.getuid()}"
+MEMORY = 6 * 2**30  # of this machine for a compiler: those of the 11B model take up to 4 GB
+COMMAND = (sys.executable, "-m", "opensora_jax.plan")
+TICK = 0.5  # seconds between looks at what runs
 SHOWN = 400  # characters of a reason
 _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception|Interrupt)\b")
 Say = Callable[[str], None]
@@ -36,13 +39,42 @@ class Failure:
     log: Path
 
 
+@dataclass
+class Running:
+    """A compiler at work on a job, and the locks held for it: of a place on this machine, and of the job."""
+
+    job: Job
+    process: subprocess.Popen
+    task: Path
+    log: Path
+    place: IO
+    own: IO
+    began: float
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.began
+
+    def end(self) -> None:
+        """Ends it where it still runs, and frees its locks."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        for path in (self.task, Path(self.own.name)):
+            path.unlink(missing_ok=True)
+        self.own.close()
+        self.place.close()
+
+
 @dataclass(frozen=True)
 class Workplace:
-    """Where answers are kept, and how long a job may take."""
+    """Where answers are kept, how long a job may take, and how many compilers all plans on this machine may start."""
 
     folder: Path
     timeout: float | int  # seconds
-    lock: Path = LOCK
+    at_once: int
+    locks: Path = LOCKS
 
     @property
     def texts(self) -> Path:
@@ -51,52 +83,73 @@ class Workplace:
 
     def known(self, job: Job) -> Facts | None:
         """Returns the answer of a job that was done before."""
-        path = self._answer(job)
+        path = self._file(job, ".json")
         return Facts.from_json(json.loads(path.read_text())) if path.is_file() else None
 
-    def do(self, job: Job, say: Say = lambda text: None) -> Facts | Failure:
-        """Returns the answer of a job, kept or by a process that is started for it; `say` is told how it goes."""
-        if found := self.known(job):
-            return found
-        self.texts.mkdir(parents=True, exist_ok=True)
-        self._answer(job).parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.lock, say):
-            return self.known(job) or self._run(job, say)
+    def answers(self, jobs: Sequence[Job], say: Say = lambda text: None) -> Iterator[tuple[Job, Facts | Failure]]:
+        """Yields every job with its answer, as they come: kept, or by a process started for it.
 
-    def _run(self, job: Job, say: Say) -> Facts | Failure:
-        answer = self._answer(job)
-        task, log = answer.with_suffix(".task"), answer.with_suffix(".log")
-        task.write_text(job.to_json())
-        command = [sys.executable, "-m", "opensora_jax.plan"]
-        command += [f"--job={task}", f"--answer={answer}", f"--cache={self.folder}"]
-        environment = os.environ | ENVIRONMENT
-        began = time.monotonic()
-        with log.open("w") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-            try:
-                status = _wait(process, began + self.timeout, lambda: say(f"{time.monotonic() - began:.0f} s"))
-            finally:
-                if process.poll() is None:  # its time is over, or ours is
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-                task.unlink(missing_ok=True)
-        if status == 0 and (found := self.known(job)):
-            log.unlink(missing_ok=True)
-            return found
-        return Failure(reason_of(status, log, self.timeout), log)
-
-    def _answer(self, job: Job) -> Path:
-        return self.folder / "answers" / f"{job.key}.json"
-
-
-def _wait(process: subprocess.Popen, until: float, tick: Callable[[], None]) -> int | None:
-    """Returns the status of a process, None when its time is over."""
-    while time.monotonic() < until:
+        `say` is told what runs. No process outlives the iteration.
+        """
+        waiting, running = list(jobs), list[Running]()
         try:
-            return process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            tick()
-    return None
+            while waiting or running:
+                for job in [*waiting]:
+                    if found := self.known(job):  # another plan may have come to it
+                        waiting.remove(job)
+                        yield job, found
+                    elif started := self._started(job):
+                        waiting.remove(job)
+                        running.append(started)
+                if running:
+                    say(", ".join(f"{one.job.title}: {one.seconds:.0f} s" for one in running))
+                elif waiting:
+                    say("waiting for another plan")
+                time.sleep(TICK if running or waiting else 0)
+                for one in [one for one in running if one.process.poll() is not None or one.seconds > self.timeout]:
+                    running.remove(one)
+                    yield one.job, self._answer(one)
+        finally:
+            for one in running:
+                one.end()
+
+    def _started(self, job: Job) -> Running | None:
+        """Returns the process that does a job, None while there is no place for it or another plan is at it."""
+        self.texts.mkdir(parents=True, exist_ok=True)
+        answer = self._file(job, ".json")
+        answer.parent.mkdir(parents=True, exist_ok=True)
+        places = (self.locks.with_name(f"{self.locks.name}.{number}.lock") for number in range(self.at_once))
+        place = next(filter(None, map(locked, places)), None)
+        if place is None:
+            return None
+        if (own := locked(self._file(job, ".lock"))) is None:
+            place.close()
+            return None
+        task, log = self._file(job, ".task"), self._file(job, ".log")
+        task.write_text(job.to_json())
+        command = [*COMMAND, f"--job={task}", f"--answer={answer}", f"--cache={self.folder}"]
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=os.environ | ENVIRONMENT, start_new_session=True
+            )
+        return Running(job, process, task, log, place, own, time.monotonic())
+
+    def _answer(self, one: Running) -> Facts | Failure:
+        status = one.process.poll()
+        one.end()
+        if status == 0 and (found := self.known(one.job)):
+            one.log.unlink(missing_ok=True)
+            return found
+        return Failure(reason_of(status, one.log, self.timeout), one.log)
+
+    def _file(self, job: Job, suffix: str) -> Path:
+        return self.folder / "answers" / f"{job.key}{suffix}"
+
+
+def compilers_at_once() -> int:
+    """Returns how many compilers this machine holds: one for each of its cores and for each 6 GiB of its memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, memory // MEMORY))
 
 
 def reason_of(status: int | None, log: Path, timeout: float | int) -> str:
@@ -114,18 +167,15 @@ def reason_of(status: int | None, log: Path, timeout: float | int) -> str:
     return said[-1].removeprefix("error: ")[:SHOWN] if said else f"the compiler's process ended with {status}"
 
 
-@contextmanager
-def locked(path: Path, say: Say) -> Iterator[None]:
-    """Holds a lock that other processes of this user respect."""
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                say("waiting for another plan")
-                time.sleep(1)
-        yield
+def locked(path: Path) -> IO | None:
+    """Returns a file that is locked until it is closed, None where another process of this user has it."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def pending(place: Workplace, jobs: Sequence[Job]) -> list[Job]:

@@ -2,12 +2,13 @@
 
 import json
 import os
-import threading
+import sys
 import time
 from dataclasses import asdict, replace
 
 import pytest
 
+from opensora_jax.forecast import work
 from opensora_jax.forecast.facts import Compiled, Facts, Memory
 from opensora_jax.forecast.jobs import make_groups
 from opensora_jax.forecast.topology import parse_topology
@@ -38,7 +39,14 @@ def job():
 
 @pytest.fixture
 def place(tmp_path):
-    return Workplace(tmp_path, 300, tmp_path / "lock")
+    return Workplace(tmp_path, 300, 2, tmp_path / "lock")
+
+
+def answer(place, job, said=None):
+    """Returns the answer of the only job."""
+    ((asked, found),) = place.answers([job], said or (lambda text: None))
+    assert asked is job
+    return found
 
 
 def keep(place, job, facts):
@@ -51,14 +59,14 @@ def test_an_answer_is_kept_and_found(place, job):
     assert pending(place, [job]) == [job]
     keep(place, job, FACTS)
     assert place.known(job) == FACTS
-    assert place.do(job) == FACTS
+    assert answer(place, job) == FACTS
     assert pending(place, [job]) == []
     assert place.known(replace(job, topology="v5e:4x4")) is None
 
 
 def test_a_job_that_takes_too_long_is_a_failure_and_its_process_is_gone(tmp_path, job):
     began = time.monotonic()
-    found = Workplace(tmp_path, 1, tmp_path / "lock").do(job)
+    found = answer(Workplace(tmp_path, 1, 1, tmp_path / "lock"), job)
     assert isinstance(found, Failure)
     assert "took longer than 1 s: give more with --timeout=" in found.reason
     assert time.monotonic() - began < 30
@@ -67,7 +75,7 @@ def test_a_job_that_takes_too_long_is_a_failure_and_its_process_is_gone(tmp_path
 def test_what_the_networks_cannot_take_is_told_in_the_words_of_training(place, job):
     pytest.importorskip("libtpu")
     mesh = job.sections["mesh"] | {"data": 1, "fsdp": 1, "seq": 4}
-    found = place.do(replace(job, sections=job.sections | {"mesh": mesh}))
+    found = answer(place, replace(job, sections=job.sections | {"mesh": mesh}))
     assert isinstance(found, Failure)
     assert found.reason.startswith("2 attention heads do not divide by mesh.seq x mesh.tensor = 4 x 1")
     assert found.log.is_file()
@@ -88,19 +96,80 @@ def test_an_end_without_an_answer_says_what_it_was(tmp_path):
     assert reason_of(3, log, 5) == "the compiler's process ended with 3"
 
 
-def test_only_one_compiles_at_a_time(tmp_path):
-    path, said, order = tmp_path / "lock", [], []
+SLEEPER = """
+import os, pathlib, sys, time
+task = pathlib.Path(sys.argv[1].removeprefix("--job="))
+task.with_suffix(".runs").write_text(str(os.getpid()))
+while not (task.parent / "go").exists():
+    time.sleep(0.02)
+task.with_suffix(".runs").unlink()
+sys.exit(3)
+"""
 
-    def other():
-        with locked(path, said.append):
-            order.append("other")
 
-    with locked(path, said.append):
-        thread = threading.Thread(target=other)
-        thread.start()
-        time.sleep(0.2)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "other"]
-    assert said == ["waiting for another plan"]
-    assert os.path.exists(path)
+@pytest.fixture
+def sleeper(monkeypatch, tmp_path):
+    """Puts in place of the compiler a program that leaves its number in a file and runs until there is a file `go`."""
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER)
+    monkeypatch.setattr(work, "COMMAND", (sys.executable, str(script)))
+    monkeypatch.setattr(work, "TICK", 0.02)
+
+
+def some(job, count):
+    return [replace(job, title=f"job {number}", options={"number": number}) for number in range(count)]
+
+
+def running(place):
+    """Returns the numbers of the processes at work."""
+    texts = (path.read_text() for path in (place.folder / "answers").glob("*.runs"))
+    return [int(text) for text in texts if text]
+
+
+def test_as_many_run_as_the_machine_holds(sleeper, place, job):
+    said = []
+
+    def watch(text):
+        said.append(text)
+        if len(running(place)) == 2:
+            (place.folder / "answers" / "go").touch()
+
+    found = {asked.title: result.reason for asked, result in place.answers(some(job, 3), watch)}
+    assert found == dict.fromkeys(["job 0", "job 1", "job 2"], "the compiler's process ended with 3")
+    assert "job 0: 0 s, job 1: 0 s" in said
+    assert not any(text.count("job") > 2 for text in said)
+    assert {path.suffix for path in (place.folder / "answers").iterdir()} == {".log", ""}
+
+
+def test_no_process_outlives_its_plan(sleeper, place, job):
+    seen = []
+
+    def stop(text):
+        seen[:] = running(place)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(place.answers(some(job, 2), stop))
+    for number in seen:
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("kind", ["the places of a machine", "a job"])
+def test_plans_wait_for_each_other(sleeper, tmp_path, place, job, kind):
+    answers = place.folder / "answers"
+    answers.mkdir()
+    if kind == "a job":
+        held = [locked(answers / f"{job.key}.lock")]
+    else:
+        held = [locked(tmp_path / f"lock.{number}.lock") for number in range(2)]
+
+    def other_plan_is_ready(text):
+        assert text == "waiting for another plan"
+        (answers / f"{job.key}.json").write_text(json.dumps(asdict(FACTS)))
+
+    assert answer(place, job, other_plan_is_ready) == FACTS
+    for lock in held:
+        lock.close()
