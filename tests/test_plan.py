@@ -138,7 +138,7 @@ def test_without_libtpu_the_command_that_installs_it_is_named(plan, tmp_path):
     hidden = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     found = plan(TRAIN, "--topology=v5e:2x2", status=1, environment=hidden)
     assert found.stderr.splitlines()[-1].startswith(
-        "error: compiling for v5e needs libtpu, which is not installed: pip install libtpu=="
+        'error: compiling for v5e needs libtpu, which is not installed: pip install "libtpu=='
     )
 
 

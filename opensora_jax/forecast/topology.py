@@ -10,12 +10,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.forecast.chips import CHIPS, Chip
 
-LIBTPU = "libtpu==0.0.42.1"
 HOST = (2, 2, 1)  # chips of a host along each dimension, where a slice has as many
 ENVIRONMENT = {  # of a process that compiles without hardware: what else would look for some
     "JAX_PLATFORMS": "cpu",
@@ -126,8 +126,14 @@ def check_compiler(chip: Chip) -> None:
             )
     elif not _is_there("libtpu"):
         raise UserError(
-            f"compiling for {chip.name} needs libtpu, which is not installed: pip install {LIBTPU}; it needs no TPU"
+            f'compiling for {chip.name} needs libtpu, which is not installed: pip install "{_libtpu()}"; it needs no TPU'
         )
+
+
+def _libtpu() -> str:
+    """Returns the release of libtpu that the installed JAX asks for: others may compile its programs otherwise."""
+    asked = (line.partition(";")[0].strip() for line in metadata.requires("jax") or [])
+    return next((line for line in asked if line.startswith("libtpu")), "libtpu")
 
 
 def _is_there(module: str) -> bool:

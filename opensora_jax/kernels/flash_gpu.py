@@ -8,6 +8,7 @@ compile, five packages more and pins of its own.
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,17 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-SEED, DROPOUT, VARIADIC, WINDOW = 42, 0.0, (False, False), None  # no dropout, no bias, no window
+SETTINGS = {  # of the backward pass: no dropout, no bias, no window, no function of logits
+    "seed": 42,
+    "dropout_rate": 0.0,
+    "variadic_args": (False, False),
+    "layout": cudnn.AttentionLayout.BTNH.value,
+    "sliding_window_length": None,
+    "is_training": True,  # until JAX 0.11
+    "score_mod": None,  # since JAX 0.12, with arguments among what is kept
+    "cudnn_version": None,
+    "return_residual": False,
+}
 
 
 def obstacle(q: Array) -> str | None:
@@ -71,10 +82,16 @@ def backward(
     none = jnp.zeros(0, q.dtype)  # what cuDNN's call takes for "not given"
     counts = tuple(none if count is None else count for count in lengths)
     kind = cudnn.MaskType.NO_MASK if real is None else cudnn.MaskType.PADDING
+    names = inspect.signature(cudnn._dot_product_attention_bwd_rule).parameters
+    settings = {name: value for name, value in SETTINGS.items() if name in names}
+    of_logits = [()] if "score_mod" in names else []
+    kept = (q, _take(k, order), _take(v, order), none, *counts, none, none, none, none, *of_logits)
     dq, dk, dv, *_ = cudnn._dot_product_attention_bwd_rule(
-        *(scale, SEED, DROPOUT, VARIADIC, kind, cudnn.AttentionLayout.BTNH.value, WINDOW, True, False),
-        (q, _take(k, order), _take(v, order), none, *counts, none, none, none, none, lse, out.astype(q.dtype)),
-        gradient.astype(q.dtype),
+        scale=scale,
+        mask_type=kind,
+        res=(*kept, lse, out.astype(q.dtype)),
+        grad_output=gradient.astype(q.dtype),
+        **settings,
     )
     if order is not None and real is not None:
         back = jnp.argsort(order, axis=1)

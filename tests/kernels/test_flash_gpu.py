@@ -58,9 +58,9 @@ def test_padding_goes_to_the_end_and_its_gradients_are_zero(monkeypatch):
         assert mask_type is cudnn.MaskType.PADDING
         return chunked.forward(q, k, v, inside(k, lengths), scale=scale, dtype=q.dtype)
 
-    def backward(scale, seed, dropout, variadic, kind, layout, window, training, residual, kept, gradient):
-        q, k, v, _, _, lengths, *_, lse, out = kept
-        dq, dk, dv = chunked.backward(q, k, v, inside(k, lengths), gradient, out, lse, scale=scale, dtype=q.dtype)
+    def backward(scale, mask_type, res, grad_output):
+        q, k, v, _, _, lengths, *_, lse, out = res
+        dq, dk, dv = chunked.backward(q, k, v, inside(k, lengths), grad_output, out, lse, scale=scale, dtype=q.dtype)
         nan = inside(k, lengths)[..., None, None]
         return dq, jnp.where(nan, dk, jnp.nan), jnp.where(nan, dv, jnp.nan)
 
