@@ -126,7 +126,8 @@ def check_compiler(chip: Chip) -> None:
             )
     elif not _is_there("libtpu"):
         raise UserError(
-            f'compiling for {chip.name} needs libtpu, which is not installed: pip install "{_libtpu()}"; it needs no TPU'
+            f"compiling for {chip.name} needs libtpu, which is not installed: "
+            f'pip install "{_libtpu()}"; it needs no TPU'
         )
 
 
