@@ -24,6 +24,10 @@ from opensora_jax.forecast.topology import ENVIRONMENT
 
 LOCKS = Path(tempfile.gettempdir()) / f"opensora_jax_plan_{os.getuid()}"
 MEMORY = 6 * 2**30  # of this machine for a compiler: those of the 11B model take up to 4 GB
+LIMITS = (  # of a container's memory, by the two kinds of control groups
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 COMMAND = (sys.executable, "-m", "opensora_jax.plan")
 TICK = 0.5  # seconds between looks at what runs
 SHOWN = 400  # characters of a reason
@@ -122,8 +126,11 @@ class Workplace:
         place = next(filter(None, map(locked, places)), None)
         if place is None:
             return None
-        if (own := locked(self._file(job, ".lock"))) is None:
-            place.close()
+        own = locked(self._file(job, ".lock"))
+        if own is None or answer.is_file():  # another plan is at it, or has just done it
+            for lock in (own, place):
+                if lock:
+                    lock.close()
             return None
         task, log = self._file(job, ".task"), self._file(job, ".log")
         task.write_text(job.to_json())
@@ -147,9 +154,14 @@ class Workplace:
 
 
 def compilers_at_once() -> int:
-    """Returns how many compilers this machine holds: one for each of its cores and for each 6 GiB of its memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(os.cpu_count() or 1, memory // MEMORY))
+    """Returns how many compilers this machine, or this container, holds: one for each core and for each 6 GiB."""
+    return max(1, min(os.cpu_count() or 1, _memory_bytes() // MEMORY))
+
+
+def _memory_bytes() -> int:
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    texts = (path.read_text().strip() for path in LIMITS if path.is_file())
+    return min(limits + [int(text) for text in texts if text.isdigit()])
 
 
 def reason_of(status: int | None, log: Path, timeout: float | int) -> str:
