@@ -32,7 +32,7 @@ from opensora_jax.forecast.jobs import Group, Wanted, has_auto, make_groups, mis
 from opensora_jax.forecast.search import candidates
 from opensora_jax.forecast.timeline import Assumptions
 from opensora_jax.forecast.topology import check_compiler, parse_topology
-from opensora_jax.forecast.work import MEMORY, Failure, Workplace, compilers_at_once, pending
+from opensora_jax.forecast.work import CORES, MEMORY, Failure, Workplace, compilers_at_once, pending
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opensora_jax" / "plan"
 GIB = 2**30
@@ -214,7 +214,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "at_once",
         None,
-        f"compilers that run; one for each core and {MEMORY // GIB} GiB of memory without",
+        f"compilers that run; one for each {CORES} cores and {MEMORY // GIB} GiB of memory without",
         lower_bound=1,
     )
     flags.DEFINE_string("cache", str(CACHE), "folder of answers")

@@ -23,6 +23,7 @@ from opensora_jax.forecast.job import Job
 from opensora_jax.forecast.topology import ENVIRONMENT
 
 LOCKS = Path(tempfile.gettempdir()) / f"opensora_jax_plan_{os.getuid()}"
+CORES = 2  # of this machine for a compiler: two at once on two cores take as long as one after the other
 MEMORY = 6 * 2**30  # of this machine for a compiler: those of the 11B model take up to 4 GB
 LIMITS = (  # of a container's memory, by the two kinds of control groups
     Path("/sys/fs/cgroup/memory.max"),
@@ -154,8 +155,8 @@ class Workplace:
 
 
 def compilers_at_once() -> int:
-    """Returns how many compilers this machine, or this container, holds: one for each core and for each 6 GiB."""
-    return max(1, min(os.cpu_count() or 1, _memory_bytes() // MEMORY))
+    """Returns how many compilers this machine, or this container, holds: one for each two cores and each 6 GiB."""
+    return max(1, min((os.cpu_count() or 1) // CORES, _memory_bytes() // MEMORY))
 
 
 def _memory_bytes() -> int:
