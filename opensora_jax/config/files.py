@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -35,12 +35,20 @@ def only_one(path: Path) -> Iterator[None]:
 
     Raises: UserError if another process holds it.
     """
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another run holds {path}: wait for it, or choose another --output.") from None
+    with ExitStack() as held:
+        if not is_locked(path, held):
+            raise UserError(f"Another run holds {path}: wait for it, or choose another --output.")
         yield
+
+
+def is_locked(path: Path, held: ExitStack) -> bool:
+    """Returns whether a file could be locked until `held` is closed; False where another process holds it."""
+    file = held.enter_context(path.open("ab"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

@@ -4,7 +4,6 @@ A compiler that crashes, or takes too long, is a result too. An answer is a file
 Locks keep plans from filling the machine's memory together, and from doing the same job twice.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -14,10 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from opensora_jax.config.files import is_locked
 from opensora_jax.forecast.facts import Facts
 from opensora_jax.forecast.job import Job
 from opensora_jax.forecast.topology import ENVIRONMENT
@@ -46,14 +46,12 @@ class Failure:
 
 @dataclass
 class Running:
-    """A compiler at work on a job, and the locks held for it: of a place on this machine, and of the job."""
+    """A compiler at work on a job, and what is held for it: a place on this machine, the job, its task."""
 
     job: Job
     process: subprocess.Popen
-    task: Path
     log: Path
-    place: IO
-    own: IO
+    held: ExitStack
     began: float
 
     @property
@@ -62,14 +60,11 @@ class Running:
         return time.monotonic() - self.began
 
     def end(self) -> None:
-        """Ends it where it still runs, and frees its locks."""
+        """Ends it where it still runs, and frees what is held."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        for path in (self.task, Path(self.own.name)):
-            path.unlink(missing_ok=True)
-        self.own.close()
-        self.place.close()
+        self.held.close()
 
 
 @dataclass(frozen=True)
@@ -96,6 +91,8 @@ class Workplace:
 
         `say` is told what runs. No process outlives the iteration.
         """
+        for folder in (self.texts, self.folder / "answers"):
+            folder.mkdir(parents=True, exist_ok=True)
         waiting, running = list(jobs), list[Running]()
         try:
             while waiting or running:
@@ -120,27 +117,22 @@ class Workplace:
 
     def _started(self, job: Job) -> Running | None:
         """Returns the process that does a job, None while there is no place for it or another plan is at it."""
-        self.texts.mkdir(parents=True, exist_ok=True)
-        answer = self._file(job, ".json")
-        answer.parent.mkdir(parents=True, exist_ok=True)
+        answer, task, log, own = (self._file(job, suffix) for suffix in (".json", ".task", ".log", ".lock"))
         places = (self.locks.with_name(f"{self.locks.name}.{number}.lock") for number in range(self.at_once))
-        place = next(filter(None, map(locked, places)), None)
-        if place is None:
-            return None
-        own = locked(self._file(job, ".lock"))
-        if own is None or answer.is_file():  # another plan is at it, or has just done it
-            for lock in (own, place):
-                if lock:
-                    lock.close()
-            return None
-        task, log = self._file(job, ".task"), self._file(job, ".log")
-        task.write_text(job.to_json())
-        command = [*COMMAND, f"--job={task}", f"--answer={answer}", f"--cache={self.folder}"]
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=os.environ | ENVIRONMENT, start_new_session=True
-            )
-        return Running(job, process, task, log, place, own, time.monotonic())
+        with ExitStack() as held:
+            if not any(is_locked(place, held) for place in places) or not is_locked(own, held):
+                return None
+            held.callback(own.unlink, missing_ok=True)
+            if answer.is_file():  # another plan has just done it
+                return None
+            held.callback(task.unlink, missing_ok=True)
+            task.write_text(job.to_json())
+            command = [*COMMAND, f"--job={task}", f"--answer={answer}", f"--cache={self.folder}"]
+            with log.open("w") as output:
+                process = subprocess.Popen(
+                    command, stdout=output, stderr=output, env=os.environ | ENVIRONMENT, start_new_session=True
+                )
+            return Running(job, process, log, held.pop_all(), time.monotonic())
 
     def _answer(self, one: Running) -> Facts | Failure:
         status = one.process.poll()
@@ -178,17 +170,6 @@ def reason_of(status: int | None, log: Path, timeout: float | int) -> str:
     said = [line for line in lines if line.startswith("error: ")]
     said = said or [line for line in lines if _EXCEPTION.match(line)] or lines[-1:]
     return said[-1].removeprefix("error: ")[:SHOWN] if said else f"the compiler's process ended with {status}"
-
-
-def locked(path: Path) -> IO | None:
-    """Returns a file that is locked until it is closed, None where another process of this user has it."""
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
 
 
 def pending(place: Workplace, jobs: Sequence[Job]) -> list[Job]:

@@ -4,15 +4,17 @@ import json
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 import pytest
 
+from opensora_jax.config.files import is_locked
 from opensora_jax.forecast import work
 from opensora_jax.forecast.facts import Compiled, Facts, Memory
 from opensora_jax.forecast.jobs import make_groups
 from opensora_jax.forecast.topology import parse_topology
-from opensora_jax.forecast.work import Failure, Workplace, locked, pending, reason_of
+from opensora_jax.forecast.work import Failure, Workplace, pending, reason_of
 from tests.forecast import small
 
 FACTS = Facts(
@@ -162,17 +164,17 @@ def test_plans_wait_for_each_other(sleeper, tmp_path, place, job, kind):
     answers = place.folder / "answers"
     answers.mkdir()
     if kind == "a job":
-        held = [locked(answers / f"{job.key}.lock")]
+        paths = [answers / f"{job.key}.lock"]
     else:
-        held = [locked(tmp_path / f"lock.{number}.lock") for number in range(2)]
+        paths = [tmp_path / f"lock.{number}.lock" for number in range(2)]
 
     def other_plan_is_ready(text):
         assert text == "waiting for another plan"
         (answers / f"{job.key}.json").write_text(json.dumps(asdict(FACTS)))
 
-    assert answer(place, job, other_plan_is_ready) == FACTS
-    for lock in held:
-        lock.close()
+    with ExitStack() as held:
+        assert all(is_locked(path, held) for path in paths)
+        assert answer(place, job, other_plan_is_ready) == FACTS
 
 
 @pytest.mark.parametrize(("cores", "limit", "most"), [(64, f"{13 * 2**30}\n", 2), (64, "1000", 1), (1, "max", 1)])
