@@ -110,9 +110,7 @@ def forecasts(jobs: Sequence[Job]) -> dict[str, Answer]:
     limit = None if memory is None else int(memory * GIB)
     jobs = list({job.key: job for job in jobs}.values())
     found: dict[str, Answer] = {}
-    often = 0.5 if sys.stderr.isatty() else 20  # seconds: in a log file a line now and then
-    new = bool(pending(place, jobs))
-    with tqdm(total=len(jobs), desc="compile", unit="program", disable=not new, mininterval=often) as bar:
+    with progress(len(jobs), is_shown=bool(pending(place, jobs))) as bar:
         for job, answer in place.answers(jobs, partial(_say, bar)):
             if isinstance(answer, Facts):
                 found[job.key] = forecast(job, answer, place.texts, assumed(), limit)
@@ -120,6 +118,15 @@ def forecasts(jobs: Sequence[Job]) -> dict[str, Answer]:
                 found[job.key] = answer
             bar.update()
     return found
+
+
+def progress(total: int, is_shown: bool, seconds: float | None = None) -> tqdm:
+    """Returns the bar of programs; `seconds` pass between its lines: half of one in a terminal, 20 in a log file.
+
+    With no fewest steps between lines, as tqdm learns them else, a program that takes long is seen to be at work.
+    """
+    often = seconds if seconds is not None else (0.5 if sys.stderr.isatty() else 20)
+    return tqdm(total=total, desc="compile", unit="program", disable=not is_shown, mininterval=often, miniters=0)
 
 
 def _say(bar: tqdm, text: str) -> None:

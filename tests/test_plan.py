@@ -50,6 +50,16 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("plan")
 
 
+def test_a_program_that_takes_long_is_seen_after_a_quick_one(capsys):
+    from opensora_jax.plan import _say, progress
+
+    with progress(2, is_shown=True, seconds=0.0) as bar:
+        bar.update()
+        for seconds in (5, 25):
+            _say(bar, f"decode: {seconds} s")
+            assert f"decode: {seconds} s" in capsys.readouterr().err
+
+
 @needs_libtpu
 def test_a_step_is_forecast_and_a_second_run_compiles_nothing(plan, cache, tmp_path):
     mesh = "--config.mesh.data=2", "--config.mesh.fsdp=2"
