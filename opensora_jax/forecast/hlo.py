@@ -68,9 +68,12 @@ class Instruction:
         return found[1]
 
     def attribute(self, name: str) -> str | None:
-        """Returns the text of an attribute in braces or brackets, such as replica_groups."""
+        """Returns the text of an attribute in braces or brackets, such as replica_groups; of a mesh with its axes."""
         found = re.search(rf"\b{name}=", self.attributes)
-        return None if found is None else _until_comma(self.attributes[found.end() :])
+        if found is None:
+            return None
+        text = self.attributes[found.end() :]
+        return text[: text.index("}") + 1] if text.startswith("mesh[") else _until_comma(text)
 
 
 _REDUCTIONS = {"reduce", "reduce-window", "sort", "scatter", "select-and-scatter", "map", *COLLECTIVES}

@@ -66,7 +66,7 @@ class Span:
     exposed: float = 0.0  # spent waiting for the network
     host: float = 0.0  # spent waiting for the host's memory
     kernel_calls: int = 0
-    unknown: set[str] = field(default_factory=set)  # loops whose length the text does not tell, kernels nobody counted
+    unknown: set[str] = field(default_factory=set)  # lengths of loops, operations of kernels, groups of devices
     costs: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds by where they come from
     sent: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0.0, 0]))
 
@@ -145,13 +145,18 @@ class _Walk:
             self.span.add(self.t._span(one.called_as("body"), self.known), 1 if trips is None else trips)
         elif one.opcode == "conditional":  # the longest: an update that is not left out
             self.span.add(max((self.t._span(name, self.known) for name in one.called), key=lambda s: s.seconds), 1)
-        elif one.opcode in ("call", *ASIDE) and not list(fused(self.t.module, one)):
+        elif one.opcode == "call" or (one.opcode in ASIDE and not list(fused(self.t.module, one))):
             for name in one.called:
                 self.span.add(self.t._span(name, self.known), 1)
         elif one.opcode in COLLECTIVES:
-            self._wait(self._send(self._read(one), overlapped=False), "exposed")
+            self._wait(self._send(self._read(one, self.by_name), overlapped=False), "exposed")
         elif one.opcode.removesuffix("-start") in COLLECTIVES:
-            self.pending[one.name] = self._send(self._read(one), overlapped=True)
+            beside = not self.t.chip.is_gpu  # whose products have no place in the schedule to hide it behind
+            end = self.pending[one.name] = self._send(self._read(one, self.by_name), overlapped=beside)
+            if not beside:
+                self._wait(end, "exposed")
+        elif one.opcode == "async-update":
+            self.pending[one.name] = self.pending.pop(one.operands[0], 0.0)
         elif one.opcode in COPIES:
             self._copy(one)
         elif one.opcode.endswith("-done"):
@@ -181,14 +186,16 @@ class _Walk:
             first, last = self.chains.get(chain, (place, place))
             if place == first:
                 operands = {other.name: other for name in one.called for other in self.t.module[name]}
-                collective = read_collective(inner, operands, len(self.t.network.places))
+                collective = self._read(inner, operands)
                 key = one.name if is_aside else chain
                 self.pending[key] = self._send(collective, overlapped=last > first or is_aside)
             if place == last and one.opcode == "fusion":
                 self._wait(self.pending.pop(chain, 0.0), "exposed")
 
-    def _read(self, one: Instruction) -> Collective:
-        return read_collective(one, self.by_name, len(self.t.network.places))
+    def _read(self, one: Instruction, operands: Mapping[str, Instruction]) -> Collective:
+        found = read_collective(one, operands, len(self.t.network.places))
+        self.span.unknown |= set() if found.groups else {f"the groups of collective {one.name}"}
+        return found
 
     def _send(self, collective: Collective, *, overlapped: bool) -> float:
         """Puts a collective on the network, after those before it; returns when it ends."""

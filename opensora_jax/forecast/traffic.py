@@ -21,6 +21,7 @@ import numpy as np
 from opensora_jax.forecast.hlo import Instruction, array_shapes, shape_bytes
 from opensora_jax.forecast.topology import Topology
 
+EXCHANGES = ("all-to-all", "ragged-all-to-all")
 HOP_SECONDS = 1e-6  # from one chip to the next
 Groups = tuple[tuple[int, ...], ...]
 
@@ -72,23 +73,39 @@ def _results(instruction: Instruction, kind: str) -> int:
 def read_groups(text: str, devices: int) -> Groups:
     """Returns the groups of a `replica_groups` in any of its three forms, or of `source_target_pairs`.
 
-    {{0,1},{2,3}}; [2,2]<=[4] or [2,2]<=[2,2]T(1,0); mesh['a'=2,'b'=2] {'b'}. Empty groups mean all devices.
+    {{0,1},{2,3}}; [2,2]<=[4] or [2,2]<=[2,2]T(1,0); mesh['a'=2,'b'=2] {'b'}, whose devices may follow in an order of
+    their own: mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}. Empty groups mean all devices; a form that is not
+    known gives none.
     """
+    if not text.strip("{}"):
+        return (tuple(range(devices)),)
     if text.startswith("{{"):
-        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", text))
-    if found := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims = (tuple(map(int, found[n].split(","))) for n in (1, 2))
+        return tuple(map(_numbers, re.findall(r"\{([\d,]+)\}", text)))
+    if found := re.fullmatch(r"\[([\d,]+)\]<=(\[.*)", text):
+        ids = _ordered(found[2])
+        return () if ids is None else _rows(ids.reshape(_numbers(found[1])))
+    if found := re.fullmatch(r"mesh\[(.*?)\](?:, device_ids=\((.*)\))? \{(.*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        chosen = [place for place, name in enumerate(sizes) if f"'{name}'" in found[3]]
+        ids = _ordered(found[2] or f"[{math.prod(sizes.values())}]")
+        if ids is not None and chosen:
+            ids = ids.reshape(tuple(sizes.values()))
+            width = math.prod(ids.shape[place] for place in chosen)
+            return _rows(np.moveaxis(ids, chosen, range(-len(chosen), 0)).reshape(-1, width))
+    return ()
+
+
+def _ordered(text: str) -> np.ndarray | None:
+    """Returns the devices of "[2,3]T(1,0)", counted in two dimensions and then transposed, or of a list, "0,2,1"."""
+    if found := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims = _numbers(found[1])
         ids = np.arange(math.prod(dims)).reshape(dims)
-        ids = ids.transpose(tuple(map(int, found[3].split(",")))) if found[3] else ids
-        return _rows(ids.reshape(shape))
-    if text.startswith("mesh["):
-        inside, _, names = text.partition("]")
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", inside)}
-        chosen = [place for place, name in enumerate(sizes) if f"'{name}'" in names]
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        width = math.prod(ids.shape[place] for place in chosen)
-        return _rows(np.moveaxis(ids, chosen, range(-len(chosen), 0)).reshape(-1, width))
-    return (tuple(range(devices)),)
+        return ids.transpose(_numbers(found[2])) if found[2] else ids
+    return np.array(_numbers(text)) if re.fullmatch(r"[\d,]+", text) else None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def _rows(ids: np.ndarray) -> Groups:
@@ -125,8 +142,8 @@ class Network:
         hops = sum(side.size // (2 if side.is_ring else 1) for side in sides)
         if not sides:  # both devices of a chip
             return collective.sent / self.topology.chip.hbm_bytes_per_second
-        if collective.kind in ("all-to-all", "ragged-all-to-all"):
-            share = collective.given * self._sharing(collective.groups[0])
+        if collective.kind in EXCHANGES:  # of every device's own bytes: those of a chip share its links
+            share = collective.given * self.topology.chip.devices
             seconds = max(share * side.size / (4 * side.ways) for side in sides) / self._link
         else:
             ways = sum(side.ways for side in sides)
@@ -172,18 +189,20 @@ class Network:
 
     def _between_gpus(self, collective: Collective) -> float:
         """GPUs of a node reach each other through a switch, other nodes through a network of their own."""
-        chip = self.topology.chip
-        nodes = {device // chip.node for device in collective.groups[0]}
-        crossing = (
-            any(source // chip.node != target // chip.node for source, target in collective.groups)
-            if (collective.kind == "collective-permute")
-            else len(nodes) > 1
-        )
-        bandwidth = chip.network_gbps if crossing else chip.link_gbps
-        if crossing and collective.kind != "collective-permute":
-            # what a node needs comes in once, over the networks of all its GPUs in the group
-            bandwidth = min(chip.link_gbps, chip.network_gbps * max(1, collective.size // len(nodes)))
-        return collective.sent / (bandwidth * 1e9 * self.efficiency) + HOP_SECONDS * len(nodes)
+        chip, count = self.topology.chip, len({device // self.topology.chip.node for device in collective.groups[0]})
+        local = max(1, collective.size // count)
+        network, link = chip.network_gbps * 1e9 * self.efficiency, chip.link_gbps * 1e9 * self.efficiency
+        if collective.kind == "collective-permute":
+            crossing = any(source // chip.node != target // chip.node for source, target in collective.groups)
+            seconds = collective.sent / (network if crossing else link)
+        elif count == 1:
+            seconds = collective.sent / link
+        elif collective.kind in EXCHANGES:  # what is for other nodes goes through the network of each GPU
+            away, near = 1 - 1 / count, (local - 1) / collective.size
+            seconds = collective.given * max(away / network, near / link)
+        else:  # what a node needs comes in once, over the networks of all its GPUs in the group
+            seconds = collective.sent / min(link, network * local)
+        return seconds + HOP_SECONDS * count
 
 
 class Side(NamedTuple):

@@ -20,8 +20,8 @@ class Quiet(Network):
         return collective.sent / 80e9
 
 
-def span(text: str, kernel_flops=lambda call: None, **assumed):
-    topology = parse_topology("v5p:2x1x1")
+def span(text: str, kernel_flops=lambda call: None, topology: str = "v5p:2x1x1", **assumed):
+    topology = parse_topology(topology)
     network = Quiet(topology, ((0, 0, 0), (1, 0, 0)), 1.0)
     mesh = {"data": 1, "fsdp": 2, "seq": 1, "tensor": 1}
     return Timeline(Module(text), topology.chip, network, mesh, kernel_flops, Assumptions(**assumed)).read()
@@ -73,6 +73,36 @@ def test_one_on_a_sparse_core_runs_beside_what_follows():
     found = span(program(start, fusion("a", "p"), done, fusion("b", "a"), before=aside))
     assert (found.seconds, found.exposed) == (pytest.approx(2e-3), pytest.approx(0, abs=1e-9))
     assert (found.traffic[0].times, found.traffic[0].overlapped) == (1, 1)
+
+
+def test_a_call_that_holds_a_collective_takes_all_that_it_runs():
+    head = "%inner (q: bf16[40000000]) -> bf16[80000000] {\n  %q = bf16[40000000]{0} parameter(0)\n"
+    gather = f"  ROOT %g = bf16[80000000]{{0}} all-gather(%q), {GATHER}\n"
+    inner = f"{NOTHING}{head}{fusion('c', 'q', 2)}{gather}}}\n\n"
+    call = "  %k = bf16[80000000]{0} call(%x), to_apply=%inner\n"
+    found = span(program(call, fusion("a", "p"), before=inner))
+    assert (found.fusions, found.exposed) == (pytest.approx(3e-3), pytest.approx(1e-3))
+
+
+def test_one_that_is_started_in_several_steps_is_waited_for_at_the_end():
+    start = f"  %s = (bf16[40000000], bf16[80000000]) all-gather-start(%x), {GATHER}\n"
+    update = "  %u = (bf16[40000000], bf16[80000000]) async-update(%s)\n"
+    done = "  %d = bf16[80000000]{0} async-done(%u)\n"
+    found = span(program(start, update, done, fusion("a", "p")))
+    assert (found.seconds, found.exposed) == (pytest.approx(2e-3), pytest.approx(1e-3))
+
+
+def test_gpus_wait_for_what_is_started_early():
+    start = f"  %s = (bf16[40000000], bf16[80000000]) all-gather-start(%x), {GATHER}\n"
+    moves = "  %c = f32[3000000]{0} copy(%p)\n"
+    found = span(program(start, moves, "  %d = bf16[80000000]{0} all-gather-done(%s)\n"), topology="h100x2")
+    assert found.exposed == pytest.approx(1e-3)
+    assert found.traffic[0].overlapped == 0
+
+
+def test_groups_in_a_form_that_is_not_known_are_named():
+    found = span(program(f"  %g = bf16[80000000]{{0}} all-gather(%x), {GATHER.replace('{{0,1}}', 'some')}\n"))
+    assert (found.exposed, found.unknown) == (0, {"the groups of collective g"})
 
 
 def test_two_at_a_time_share_the_network():

@@ -17,7 +17,11 @@ MESH = {"data": 2, "fsdp": 3, "seq": 5, "tensor": 1}
         ("[3,2]<=[2,3]T(1,0)", ((0, 3), (1, 4), (2, 5))),
         ("mesh['axis_0'=2,'axis_1'=3] {'axis_1'}", ((0, 1, 2), (3, 4, 5))),
         ("mesh['axis_0'=2,'axis_1'=3] {'axis_0'}", ((0, 3), (1, 4), (2, 5))),
+        ("mesh['a'=1,'b'=3,'c'=2], device_ids=([2,3]T(1,0)) {'c'}", ((0, 3), (1, 4), (2, 5))),
+        ("mesh['a'=1,'b'=3,'c'=2], device_ids=([2,3]T(1,0)) {'b'}", ((0, 1, 2), (3, 4, 5))),
+        ("mesh['a'=3,'b'=2], device_ids=(5,4,3,2,1,0) {'b'}", ((5, 4), (3, 2), (1, 0))),
         ("{}", ((0, 1, 2, 3, 4, 5),)),
+        ("a form of tomorrow", ()),
     ],
 )
 def test_groups_in_all_forms(text, groups):
@@ -57,6 +61,15 @@ def test_a_started_collective_gives_back_its_operand_too():
     assert read_collective(started, {"x": operand}, 2) == Collective("collective-permute", ((0, 1), (1, 0)), 1120, 1120)
     gathered = parse_line("  %g = (bf16[4,140], bf16[8,140]) all-gather-start(%x), replica_groups=[1,2]<=[2]")
     assert read_collective(gathered, {"x": operand}, 2).gotten == 2240
+
+
+def test_the_axes_of_a_mesh_stand_behind_its_devices():
+    line = parse_line(
+        "  %g = bf16[8,140]{1,0} all-gather(%x), channel_id=2, replica_groups=mesh['a'=1,'b'=2,'c'=2], "
+        "device_ids=([2,2]T(1,0)) {'b'}, dimensions={0}, use_global_device_ids=true"
+    )
+    operand = parse_line("  %x = bf16[4,140]{1,0} parameter(0)")
+    assert read_collective(line, {"x": operand}, 4) == Collective("all-gather", ((0, 1), (2, 3)), 1120, 2240)
 
 
 def network(name: str, *, efficiency: float = 1.0) -> Network:
@@ -124,6 +137,9 @@ def test_both_devices_of_a_chip_share_its_links():
     assert apart == pytest.approx(2 * 1e8 / LINK, rel=0.01)
     assert whole == pytest.approx(3e8 / LINK, rel=0.01)
     assert net.seconds(Collective("all-gather", ((0, 1),), 1, 200_000_000)) < 1e8 / LINK / 10
+    for groups in ((0, 4), (1, 5)), ((0, 1, 4, 5),):  # either way both devices send half of theirs to the other chip
+        exchange = Collective("all-to-all", groups, 400_000_000, 400_000_000)
+        assert net.seconds(exchange) == pytest.approx(2 * 2e8 / LINK, rel=0.01)
 
 
 def test_gpus_reach_each_other_through_a_switch_and_other_nodes_through_networks():
@@ -135,6 +151,10 @@ def test_gpus_reach_each_other_through_a_switch_and_other_nodes_through_networks
     assert pair == pytest.approx(1e8 / 50e9, rel=0.01)
     whole = net.seconds(Collective("all-gather", (tuple(range(16)),), 1, 1_600_000_000))
     assert whole == pytest.approx(1.5e9 / 400e9, rel=0.01)
+    exchange = net.seconds(Collective("all-to-all", (tuple(range(16)),), 400_000_000, 400_000_000))
+    assert exchange == pytest.approx(2e8 / 50e9, rel=0.01)  # half of it is for the other node
+    near = net.seconds(Collective("all-to-all", (tuple(range(8)),), 400_000_000, 400_000_000))
+    assert near == pytest.approx(3.5e8 / 450e9, rel=0.01)
 
 
 def test_nothing_is_sent_by_one_device():
