@@ -7,6 +7,7 @@ What does not fit is a result. Compiling a large model takes minutes; answers ar
 is instant. `--search` looks for the best mesh, batch size and recomputation of one bucket.
 """
 
+import math
 import os
 import signal
 import sys
@@ -32,7 +33,7 @@ from opensora_jax.forecast.jobs import Group, Wanted, has_auto, make_groups, mis
 from opensora_jax.forecast.search import candidates
 from opensora_jax.forecast.timeline import Assumptions
 from opensora_jax.forecast.topology import check_compiler, parse_topology
-from opensora_jax.forecast.work import CORES, MEMORY, Failure, Workplace, compilers_at_once, pending
+from opensora_jax.forecast.work import CORES, MEMORY, Failure, Workplace, compilers_at_once, end_with_parent, pending
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opensora_jax" / "plan"
 GIB = 2**30
@@ -43,12 +44,16 @@ def main(argv: list[str]) -> None:
     """Prints the forecasts of a config, or does one job for another plan."""
     given = flags.FLAGS
     if given.job:
+        end_with_parent()
         compile_job(Job.from_json(Path(given.job).read_text()), workplace().texts, Path(given.answer))
         return
     require("config", "topology")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a compiler ends with its plan
     topology = parse_topology(given.topology)
     check_compiler(topology.chip)
+    check_numbers()
+    if given.json:
+        check_file(Path(given.json))
     groups = make_groups(given.config, topology, parse_lines(given.buckets), compiler_options(given.xla))
     if given.search:
         groups = search(groups)
@@ -71,6 +76,24 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{len(failures)} of {len(found)} programs were not compiled, see above")
 
 
+def check_numbers() -> None:
+    """Raises: UserError for a flag that is no finite number."""
+    for name in ("memory", "price"):
+        value = getattr(flags.FLAGS, name)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"--{name} takes a number, as in --{name}=4.2: got {value}")
+
+
+def check_file(path: Path) -> None:
+    """Raises: UserError where no file can be written, before anything is compiled for it."""
+    if path.is_dir():
+        raise UserError(f"--json is the file to write, such as plan.json: got the folder {path}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(
+            f"--json={path}: there is no folder {path.parent} that can be written to: make it, or take another"
+        )
+
+
 Answer = Forecast | Failure
 Answers = list[tuple[Group, list[tuple[Wanted, Answer]]]]
 
@@ -78,6 +101,12 @@ Answers = list[tuple[Group, list[tuple[Wanted, Answer]]]]
 def workplace() -> Workplace:
     """Returns where answers are kept."""
     return Workplace(Path(flags.FLAGS.cache), flags.FLAGS.timeout, flags.FLAGS.at_once or compilers_at_once())
+
+
+def limit_bytes() -> int:
+    """Returns the bytes of a device that a program may need."""
+    memory = flags.FLAGS.memory
+    return parse_topology(flags.FLAGS.topology).chip.usable_bytes if memory is None else int(memory * GIB)
 
 
 def assumed() -> Assumptions:
@@ -106,8 +135,7 @@ def _number(text: str) -> int | float | str:
 
 def forecasts(jobs: Sequence[Job]) -> dict[str, Answer]:
     """Returns the forecast of each job by its key; those that are not known yet are compiled."""
-    place, memory = workplace(), flags.FLAGS.memory
-    limit = None if memory is None else int(memory * GIB)
+    place, limit = workplace(), limit_bytes()
     jobs = list({job.key: job for job in jobs}.values())
     found: dict[str, Answer] = {}
     with progress(len(jobs), is_shown=bool(pending(place, jobs))) as bar:
@@ -143,9 +171,8 @@ def search(groups: Sequence[Group]) -> list[Group]:
     if any(job.kind != "train" for job in jobs):
         raise UserError("--search is for configs that train: give one of configs/diffusion/train")
     job = max(jobs, key=lambda job: job.subject["num_frames"] * job.subject["height"] * job.subject["width"])
-    topology, memory = parse_topology(job.topology), flags.FLAGS.memory
-    limit = topology.chip.memory_bytes if memory is None else int(memory * GIB)
-    chosen = candidates(job, topology, flags.FLAGS.compiles, limit)
+    topology = parse_topology(job.topology)
+    chosen = candidates(job, topology, flags.FLAGS.compiles, limit_bytes())
     if not chosen:
         raise UserError(f"{job.title}: no mesh of {topology} can hold the state and activations of one sample")
     print(f"{job.title}: {len(chosen)} candidates for {topology}, the rough sum's best first, are compiled")
@@ -160,15 +187,16 @@ def speed(one: Answer) -> float:
 
 
 def lines(answers: Answers, shown: int) -> Iterator[str]:
-    """Yields what is printed: the first few forecasts, a table of all of them, and what they assume."""
+    """Yields what is printed: the first few forecasts and every failure, a table of all, and what they assume."""
     price, topology = flags.FLAGS.price, parse_topology(flags.FLAGS.topology)
     rows: list[tuple[str, Forecast]] = []
     for number, (group, parts) in enumerate(answers):
         is_alone = len(parts) == 1
-        if number < shown:
+        in_full = number < shown or any(isinstance(one, Failure) for _, one in parts)
+        if in_full:
             yield group.title
         for wanted, one in parts:
-            if number < shown:
+            if in_full:
                 yield from () if is_alone else (f" {wanted.job.title}, {wanted.times} x",)
                 yield from report.block(one, price)
             if isinstance(one, Forecast):
@@ -193,7 +221,7 @@ def as_json(answers: Answers) -> dict[str, Any]:
         "topology": str(topology),
         "chips": topology.chips,
         "devices": topology.devices,
-        "memory_bytes_per_device": topology.chip.memory_bytes,
+        "memory_bytes_per_device": limit_bytes(),
         "peak_flops_per_device": topology.chip.peak_flops,
         "price": price,
         "assumptions": asdict(assumed()),

@@ -26,6 +26,15 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_C
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    """Runs a command as a user does; see tests/commands.py."""
+    from tests.commands import server  # once jax.config has all of the above
+
+    with server(tmp_path_factory.mktemp("commands")) as run:
+        yield run
+
+
 def pytest_addoption(parser):
     own = str(Path(__file__).parent / "goldens")
     parser.addoption("--goldens", action="append", metavar="DIR", help=f"folder of golden cases, repeatable [{own}]")

@@ -1,6 +1,5 @@
 """The commands as a user runs them: the whole way of the demo, tiny; kill -9; 8 devices; and every kind of bad input.
 
-Their imports take longer than their work here, so most run as forks of one process that has imported everything.
 All tests read one finished demo folder; what they change, they change in a copy.
 """
 
@@ -13,10 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,32 +24,9 @@ from opensora_jax.data.media.ffmpeg_process import binary
 from opensora_jax.data.media.video_writer import write_video
 from opensora_jax.data.table import probing, records
 from opensora_jax.inference import outputs
+from tests.commands import ENVIRONMENT, ROOT, Command
 from tests.environment import cpu_devices, free_port
 
-ROOT = Path(__file__).parents[1]
-SERVER = """
-import json, os, runpy, signal, sys
-import matplotlib.figure, tensorboardX, transformers
-import opensora_jax.inference.encode, opensora_jax.inference.pipeline, opensora_jax.training.loop
-for line in sys.stdin:
-    module, arguments, environment, output = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for descriptor, name in (1, "stdout"), (2, "stderr"):
-            os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        os.environ.update(environment)
-        sys.argv[1:] = arguments
-        signal.alarm(300)
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-ENVIRONMENT = os.environ | {
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 EIGHT_DEVICES = cpu_devices(8)
 PARTS = ("data=1", "fsdp=2", "seq=2", "tensor=2")
 
@@ -59,8 +34,6 @@ VAE_STEPS, STEPS = 10, 14
 AUTOENCODER = ("latent_channels=4", "block_out_channels=(4,4,8)", "mid_block_add_attention=False")
 DENOISER = ("in_channels=16", "hidden_size=24", "axes_dim=(2,2,2)", "depth=1", "depth_single_blocks=1")
 LOOP = ("log_every=1", "ckpt_every=2")
-
-Command = Callable[..., subprocess.CompletedProcess]
 
 
 def setting(section: str, *fields: str) -> list[str]:
@@ -89,25 +62,6 @@ def sample_flags(folder: Path, *more: str) -> list[str]:
     """Returns the arguments of sample for two steps each; the prompts are missing."""
     size = [*setting("model", *DENOISER), *setting("ae", *AUTOENCODER), "--config.sampling_option.num_steps=2"]
     return ["--config=configs/diffusion/inference/demo.py", f"--config.folder={folder}", *size, *more]
-
-
-@pytest.fixture(scope="session")
-def command(tmp_path_factory) -> Iterator[Command]:
-    """Returns a function that runs `python -m opensora_jax.NAME ARGUMENTS`, which must end with `status`."""
-    output = tmp_path_factory.mktemp("commands") / "output"
-    line = [sys.executable, "-c", SERVER]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, text=True, **pipes) as server:
-
-        def run(name: str, *arguments: str, status: int = 0, environment: dict[str, str] | None = None):
-            request = [f"opensora_jax.{name}", arguments, environment or {}, str(output)]
-            print(json.dumps(request), file=server.stdin, flush=True)
-            found = int(server.stdout.readline())
-            printed = [output.with_suffix(f".{name}").read_text() for name in ("stdout", "stderr")]
-            assert found == status, printed[1][-4000:]
-            return subprocess.CompletedProcess(arguments, found, *printed)
-
-        yield run
 
 
 @pytest.fixture(scope="session")

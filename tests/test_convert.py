@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -30,10 +28,14 @@ CONFIG = "configs/diffusion/train/demo.py"
 SMALL = [f"--config.model.{field}" for field in ("hidden_size=24", "axes_dim=(2,2,2)", "depth=2")]
 
 
-def command(*arguments, devices=1):
-    line = [sys.executable, "-m", "opensora_jax.convert", *map(str, arguments)]
-    environment = os.environ | cpu_devices(devices)
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def convert(command):
+    """Returns a function that runs the command on so many devices, however it ends."""
+
+    def run(*arguments, devices=1):
+        return command("convert", *arguments, status=None, environment=cpu_devices(devices))
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -58,44 +60,44 @@ def assert_same(path, expected):
         np.testing.assert_array_equal(np.asarray(found[key]), np.asarray(tensor), strict=True)
 
 
-def test_what_is_imported_on_a_mesh_is_exported_bit_by_bit_in_either_layout(published, tmp_path):
+def test_what_is_imported_on_a_mesh_is_exported_bit_by_bit_in_either_layout(convert, published, tmp_path):
     mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     workdir, file, flux = tmp_path / "workdir", tmp_path / "out.safetensors", tmp_path / "flux.safetensors"
-    done = command(
+    done = convert(
         "import", f"--config={CONFIG}", *SMALL, *mesh, f"--input={published}", f"--output={workdir}", devices=4
     )
     assert done.returncode == 0, done.stderr
     assert f"--config.model.from_pretrained={workdir}" in done.stdout
     assert json.loads((workdir / "runs.jsonl").read_text())["peak_memory_bytes"] > 0
     (workdir / "latent.json").write_text('{"scale_factor": [2.0]}')  # as beside a trained autoencoder
-    done = command("export", f"--input={workdir}", f"--output={file}")
+    done = convert("export", f"--input={workdir}", f"--output={file}")
     assert done.returncode == 0, done.stderr
     assert f"no place for {workdir / 'latent.json'}" in done.stdout
     assert_same(file, open_checkpoint(published))
     again = tmp_path / "again"
-    done = command("import", f"--config={CONFIG}", *SMALL, f"--input={workdir}", f"--output={again}")
+    done = convert("import", f"--config={CONFIG}", *SMALL, f"--input={workdir}", f"--output={again}")
     assert done.returncode == 0, done.stderr
     assert json.loads((again / "latent.json").read_text()) == {"scale_factor": [2.0]}
-    done = command("export", f"--input={workdir}", f"--output={flux}", "--layout=flux", "--dtype=float32")
+    done = convert("export", f"--input={workdir}", f"--output={flux}", "--layout=flux", "--dtype=float32")
     assert done.returncode == 0, done.stderr
     expected = to_fused(open_checkpoint(published), heads=4)
     assert_same(flux, {key: np.asarray(tensor).astype(np.float32) for key, tensor in expected.items()})
 
 
-def test_manifests_and_files_are_verified_without_a_model(published):
+def test_manifests_and_files_are_verified_without_a_model(convert, published):
     names = ("t5_v1_1_xxl_encoder", "clip_vit_large_patch14_text", "opensora_v2_mmdit_11b", "flux1_dev_image_model")
-    done = command("verify", *(f"--manifest={GOLDENS / name}.json" for name in names))
+    done = convert("verify", *(f"--manifest={GOLDENS / name}.json" for name in names))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert all(line.endswith("fits, key by key and back") for line in lines)
     counts = ("4,762,310,656", "123,060,480", "11,891,390,528", "11,901,408,320")
     assert [f"{count} parameters" in line for count, line in zip(counts, lines, strict=True)] == [True] * 4
-    done = command("verify", f"--config={CONFIG}", *SMALL, f"--input={published}")
+    done = convert("verify", f"--config={CONFIG}", *SMALL, f"--input={published}")
     assert done.returncode == 0, done.stderr
 
 
-def test_a_file_of_another_size_is_told_apart_by_key(published):
-    done = command("verify", f"--config={CONFIG}", f"--input={published}")
+def test_a_file_of_another_size_is_told_apart_by_key(convert, published):
+    done = convert("verify", f"--config={CONFIG}", f"--input={published}")
     assert done.returncode == 1
     assert "cond_in.bias is (24,) and (192,) here" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -114,10 +116,12 @@ class Danger:
         ("code.pt", lambda whole: pickle.dumps(Danger(), 2), "only weights are read"),
     ],
 )
-def test_damaged_and_dangerous_files_are_refused_and_nothing_is_written(published, tmp_path, name, make, complaint):
+def test_damaged_and_dangerous_files_are_refused_and_nothing_is_written(
+    convert, published, tmp_path, name, make, complaint
+):
     (tmp_path / name).write_bytes(make(published.read_bytes()))
     out = tmp_path / "out"
-    done = command("import", f"--config={CONFIG}", *SMALL, f"--input={tmp_path / name}", f"--output={out}")
+    done = convert("import", f"--config={CONFIG}", *SMALL, f"--input={tmp_path / name}", f"--output={out}")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert complaint in done.stderr
@@ -126,12 +130,12 @@ def test_damaged_and_dangerous_files_are_refused_and_nothing_is_written(publishe
     assert not (ROOT / "danger").exists()
 
 
-def test_keys_with_a_prefix_are_renamed(published, tmp_path):
+def test_keys_with_a_prefix_are_renamed(convert, published, tmp_path):
     prefixed = tmp_path / "prefixed.safetensors"
     save_safetensors(
         prefixed, {f"module.{key}": np.asarray(tensor) for key, tensor in open_checkpoint(published).items()}
     )
-    done = command("verify", f"--config={CONFIG}", *SMALL, f"--input={prefixed}", "--rename=module.:")
+    done = convert("verify", f"--config={CONFIG}", *SMALL, f"--input={prefixed}", "--rename=module.:")
     assert done.returncode == 0, done.stderr
 
 
@@ -148,8 +152,8 @@ def test_keys_with_a_prefix_are_renamed(published, tmp_path):
         (["export", "--input=configs", "--output=x"], "--output is the file to write"),
     ],
 )
-def test_mistakes_are_one_line(arguments, complaint):
-    done = command(*arguments)
+def test_mistakes_are_one_line(convert, arguments, complaint):
+    done = convert(*arguments)
     assert done.returncode == 1
     assert complaint in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -56,10 +56,14 @@ BAD = {
 NAMED_IN_TABLES = {"words.nfo": "text, not a video"}  # a folder's file is known by its suffix
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "opensora_jax.dataset", *arguments]
-    variables = os.environ | environment
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, env=variables)
+@pytest.fixture
+def dataset_command(command):
+    """Returns a function that runs the command, however it ends."""
+
+    def run(*arguments, **environment):
+        return command("dataset", *arguments, status=None, environment=environment)
+
+    return run
 
 
 def ffmpeg(*arguments: str | Path) -> None:
@@ -248,7 +252,7 @@ def test_meta_of_shards_finds_clips_and_captions(files, tmp_path):
         dataset.meta(tmp_path / "shards", tmp_path / "test.parquet", 1, split="test")
 
 
-def test_a_killed_meta_goes_on_and_leaves_no_process(files, tmp_path):
+def test_a_killed_meta_goes_on_and_leaves_no_process(dataset_command, files, tmp_path):
     """kill -9, which no program can answer; this ffmpeg is slow, and notes each of its calls."""
     for number in range(48):
         os.link(files / "a.mp4", (tmp_path / f"{number:02d}.mp4"))
@@ -273,7 +277,7 @@ def test_a_killed_meta_goes_on_and_leaves_no_process(files, tmp_path):
     kept = partial.read_bytes().count(b"\n")
     assert 16 <= kept < 48
     calls.unlink()
-    assert command(*arguments, FFMPEG_BINARY=str(slow)).returncode == 0
+    assert dataset_command(*arguments, FFMPEG_BINARY=str(slow)).returncode == 0
     assert calls.read_bytes().count(b"\n") == 48 - kept
     assert sorted(os.listdir(table.parent)) == ["meta.parquet", "runs.jsonl"]
     assert records.read_table(table)["num_frames"].to_pylist() == [7] * 48
@@ -302,11 +306,11 @@ def test_a_bad_source_is_one_error_and_writes_nothing(tmp_path, name, content, m
     assert os.listdir(tmp_path) == [source.name]
 
 
-def test_the_commands_make_and_describe_the_demo_set(tmp_path):
+def test_the_commands_make_and_describe_the_demo_set(dataset_command, tmp_path):
     data, table = tmp_path / "data", tmp_path / "meta.parquet"
-    made = command("demo", f"--output={data}", "--num_clips=3", "--size=16", "--frames=5")
+    made = dataset_command("demo", f"--output={data}", "--num_clips=3", "--size=16", "--frames=5")
     assert made.returncode == 0, made.stderr
-    described = command("meta", f"--input={data / 'captions.csv'}", f"--output={table}", "--num_workers=2")
+    described = dataset_command("meta", f"--input={data / 'captions.csv'}", f"--output={table}", "--num_workers=2")
     assert described.returncode == 0, described.stderr
     assert described.stdout.startswith(f"{table}: 3 of 3 clips are usable: 3 videos, 0 images\nnext: ")
     assert records.read_table(table)["num_frames"].to_pylist() == [5, 5, 5]
@@ -326,8 +330,8 @@ def test_the_commands_make_and_describe_the_demo_set(tmp_path):
         (["dmo"], "demo"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_1(arguments, message):
-    result = command(*arguments)
+def test_a_mistake_is_one_line_and_status_1(dataset_command, arguments, message):
+    result = dataset_command(*arguments)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1

@@ -5,12 +5,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from opensora_jax.config.flag import load_config
+from opensora_jax.forecast.topology import parse_topology
+from tests.commands import Command
+from tests.forecast import small as forecast_small
 
 ROOT = Path(__file__).parents[1]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -21,22 +25,18 @@ SMALL = [
 ]
 
 
-Plan = Callable[..., subprocess.CompletedProcess]
-
-
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory) -> Plan:
-    """Returns a function that runs the command, which must end with `status`; it waits for no other plan's lock."""
-    apart = os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
+def plan(command, tmp_path_factory) -> Command:
+    """Returns a function that runs the command; it waits for no other plan's lock."""
+    apart = {"TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
 
-    def run(*arguments: str, status: int = 0, environment: dict[str, str] | None = None):
-        command = [sys.executable, "-m", "opensora_jax.plan", *arguments]
-        pipes = {"text": True, "capture_output": True, "timeout": 900}
-        found = subprocess.run(command, cwd=ROOT, env=apart | (environment or {}), **pipes)
-        assert found.returncode == status, found.stderr[-4000:]
-        return found
+    def run(*arguments: str, status: int = 0):
+        return command("plan", *arguments, status=status, environment=apart)
 
     return run
+
+
+ASSUMED = {"kernel_efficiency": 0.6, "link_efficiency": 0.8}
 
 
 def small(cache: Path, *more: str) -> list[str]:
@@ -101,6 +101,38 @@ def test_gathers_and_scatters_run_on_sparse_cores_where_there_are_some(plan, cac
 
 
 @needs_libtpu
+def test_programs_that_are_kept_are_not_compiled_again(plan, tmp_path):
+    """Answers go when sources change; the texts of a decode's programs, and where results lie, stay."""
+    fields = ["model.in_channels=16", "model.num_heads=1", "model.axes_dim=(32,48,48)", "model.hidden_size=128"]
+    fields += ["model.depth=1", "model.depth_single_blocks=0", "ae.latent_channels=4", "ae.block_out_channels=(4,8)"]
+    fields += ["ae.layers_per_block=1", "ae.mid_block_add_attention=False", "ae.spatial_compression_ratio=4"]
+    fields += ["mesh.data=4", "batch_size=4", "decode_batch_size=4", "sampling_option.num_frames=1"]
+    flags = ["--config=configs/diffusion/inference/demo.py", *(f"--config.{field}" for field in fields)]
+    flags += ["--topology=v5e:2x2", f"--cache={tmp_path}"]
+    first = plan(*flags).stdout
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "programs").iterdir()}
+    for answer in (tmp_path / "answers").iterdir():
+        answer.unlink()
+    assert plan(*flags).stdout == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "programs").iterdir()} == made
+
+
+def test_failures_are_shown_whatever_their_rank(monkeypatch):
+    from opensora_jax import plan as command
+    from opensora_jax.forecast.jobs import make_groups
+
+    group, *_ = make_groups(forecast_small.training(), parse_topology("v5e:2x2"), [], {})
+    answers = []
+    for number in range(3):
+        failed = command.Failure(f"reason {number}", Path("log"))
+        answers.append((replace(group, title=f"candidate {number}"), [(group.wanted[0], failed)]))
+    monkeypatch.setattr(command.flags, "FLAGS", SimpleNamespace(topology="v5e:2x2", price=None, **ASSUMED))
+    said = list(command.lines(answers, 1))
+    assert [line for line in said if line.startswith("candidate")] == [f"candidate {n}" for n in range(3)]
+    assert any("reason 2" in line for line in said)
+
+
+@needs_libtpu
 def test_what_the_compiler_refuses_is_a_result(plan, cache):
     size = "--config.bucket_config['32px_ar1:1'][9]=(1.0,400000)"
     said = plan(*small(cache, size)).stdout
@@ -117,6 +149,25 @@ def test_a_bucket_that_the_mesh_cannot_split_ends_in_one_line(plan, cache):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (
+            [TRAIN, "--topology=h100x0"],
+            "topology 'h100x0': a slice has at least 1 chip along each dimension, as in h100x8",
+        ),
+        ([TRAIN, "--topology=v5e:2x2", "--json=."], "--json is the file to write, such as plan.json: got the folder ."),
+        (
+            [TRAIN, "--topology=v5e:2x2", "--json=nowhere/plan.json"],
+            "there is no folder nowhere that can be written to",
+        ),
+        ([TRAIN, "--topology=v5e:2x2", "--memory=inf"], "--memory takes a number, as in --memory=4.2: got inf"),
+        ([TRAIN, "--topology=v5e:2x2", "--price=nan"], "--price takes a number, as in --price=4.2: got nan"),
+        (
+            [
+                "--config=configs/diffusion/inference/t2i2v_256px.py",
+                "--topology=v5e:2x2",
+                "--config.cond_type=v2v_head",
+            ],
+            "use_t2i2v makes the first frame: cond_type is i2v_head then: got 'v2v_head'",
+        ),
         ([TRAIN, "--topology=v9:2x2"], "topology 'v9:2x2' is not known: use one such as v4:4x4x4"),
         ([TRAIN], "--topology is missing"),
         (["--topology=v5p:4x4x4"], "--config is missing"),
@@ -139,14 +190,16 @@ def test_a_mesh_that_does_not_fit_ends_in_the_line_of_training(plan):
     assert found.stderr.splitlines()[-1].startswith("error: mesh axes must multiply to the 4 devices here")
 
 
-def test_without_libtpu_the_command_that_installs_it_is_named(plan, tmp_path):
+def test_without_libtpu_the_command_that_installs_it_is_named(tmp_path):
     """A finder in front of all others hides the package, as if it were not installed."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\nfound = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'libtpu' else found(name, *rest)\n"
     )
-    hidden = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    found = plan(TRAIN, "--topology=v5e:2x2", status=1, environment=hidden)
+    hidden = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    line = [sys.executable, "-m", "opensora_jax.plan", TRAIN, "--topology=v5e:2x2"]
+    found = subprocess.run(line, cwd=ROOT, env=hidden, text=True, capture_output=True, timeout=120)
+    assert found.returncode == 1
     assert found.stderr.splitlines()[-1].startswith(
         'error: compiling for v5e needs libtpu, which is not installed: pip install "libtpu=='
     )

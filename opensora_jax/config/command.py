@@ -70,14 +70,14 @@ _QUIET = {  # read when these libraries load, so a command that wants them quiet
     "GRPC_VERBOSITY": "ERROR",
 }
 _MEMORY = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # jaxlib refuses both at once; the second is old
-_GPU_SHARE = "0.9"  # of a GPU's memory that JAX takes; three quarters by its own default
+GPU_SHARE = 0.9  # of a GPU's memory that JAX takes; three quarters by its own default
 
 
 def _run(main: Main, parse_flags: Callable[[list[str]], list[str]]) -> NoReturn:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     if not any(name in os.environ for name in _MEMORY):
-        os.environ[_MEMORY[0]] = _GPU_SHARE
+        os.environ[_MEMORY[0]] = str(GPU_SHARE)
     try:
         app.run(lambda argv: _record(main, argv), flags_parser=parse_flags)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ peak = 2 x MXU cells x MXUs x clock; nvidia.com data sheets of the H100 and H200
 
 from dataclasses import dataclass
 
+from opensora_jax.config.command import GPU_SHARE
 from opensora_jax.training.flops import PEAK_FLOPS
 
 GIB = 2**30
@@ -41,6 +42,11 @@ class Chip:
     def memory_bytes(self) -> int:
         """Bytes of a device."""
         return int(self.memory_gib * GIB)
+
+    @property
+    def usable_bytes(self) -> int:
+        """Bytes of a device that commands take."""
+        return int(self.memory_bytes * GPU_SHARE) if self.is_gpu else self.memory_bytes
 
     @property
     def hbm_bytes_per_second(self) -> float:

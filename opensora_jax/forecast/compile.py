@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opensora_jax.config.build import build
 from opensora_jax.config.files import replacing, write_json
 from opensora_jax.data.plan.buckets import Bucket
 from opensora_jax.forecast import parts, programs
 from opensora_jax.forecast.count import as_json, count
-from opensora_jax.forecast.facts import Compiled, Facts, Memory
-from opensora_jax.forecast.job import Job, versions
+from opensora_jax.forecast.facts import UNREADABLE, Compiled, Facts, Memory
+from opensora_jax.forecast.job import DEVICES, Job, sources_digest, versions
 from opensora_jax.forecast.topology import parse_topology
 from opensora_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 
@@ -96,19 +96,18 @@ class _Compiling:
         )
 
     def compile(self, name: str, function: Any, arguments: Any) -> tuple[list[Any], int]:
-        """Compiles a program and keeps what it is; returns where its results lie, and the bytes beside these.
-
-        Where they lie is not returned for a program whose text was there: only decodes ask for it.
-        """
+        """Compiles a program, unless what it is was kept; returns where its results lie, and the bytes beside these."""
         traced = function.trace(*arguments)
         found = count(traced.jaxpr.jaxpr, self.platform)
         self.kernels |= found.kernels
         self.executed[name] = found.flops
         lowered = traced.lower()
         stored = self.texts / self._digest(lowered)
-        if self.job.kind != "decode" and stored.with_suffix(".json").is_file():
-            self.compiled[name] = _known(name, stored)
-            return [], self.compiled[name].memory.temporary
+        one, results = self._kept(name, stored) or self._compiled(name, lowered, stored)
+        self.compiled[name] = one
+        return results, one.memory.temporary + one.memory.code
+
+    def _compiled(self, name: str, lowered: Any, stored: Path) -> tuple[Compiled, list[Any]]:
         began = time.perf_counter()
         try:
             compiled = lowered.compile(self.job.options or None)
@@ -118,14 +117,32 @@ class _Compiling:
             write_json(stored.with_suffix(".json"), {"refusal": str(error)})
             raise _RefusedError(str(error)) from error
         one = Compiled(name, 1, stored.name, memory_of(compiled), time.perf_counter() - began)
+        results = jax.tree.leaves(compiled.output_shardings)
         with replacing(stored.with_suffix(".hlo.gz")) as path:
             path.write_bytes(gzip.compress(compiled.as_text().encode(), 6))
-        write_json(stored.with_suffix(".json"), {"refusal": None, "compiled": asdict(one)})
-        self.compiled[name] = one
-        return jax.tree.leaves(compiled.output_shardings), one.memory.temporary + one.memory.code
+        value = {"refusal": None, "compiled": asdict(one), "results": _specs(results)}
+        write_json(stored.with_suffix(".json"), value)
+        return one, results
+
+    def _kept(self, name: str, stored: Path) -> tuple[Compiled, list[Any]] | None:
+        """Returns a program that was compiled before, and where its results lie: none where a file of it is damaged.
+
+        Raises: _RefusedError if it was refused.
+        """
+        try:
+            kept = json.loads(stored.with_suffix(".json").read_text())
+            if kept["refusal"]:
+                raise _RefusedError(kept["refusal"])
+            one = Compiled(**(kept["compiled"] | {"name": name, "memory": Memory(**kept["compiled"]["memory"])}))
+            one.read(self.texts)
+            specs = [PartitionSpec(*(tuple(e) if isinstance(e, list) else e for e in spec)) for spec in kept["results"]]
+        except UNREADABLE:
+            return None
+        return one, [NamedSharding(self.mesh, spec) for spec in specs]
 
     def _digest(self, lowered: Any) -> str:
-        told = json.dumps([self.job.topology, self.options, versions(), self.places], sort_keys=True)
+        devices = sources_digest(DEVICES)
+        told = json.dumps([self.job.topology, devices, self.options, versions(), self.places], sort_keys=True)
         return hashlib.sha256(told.encode() + lowered.as_text().encode()).hexdigest()[:32]
 
 
@@ -141,9 +158,8 @@ def memory_of(compiled: Any) -> Memory:
     )
 
 
-def _known(name: str, stored: Path) -> Compiled:
-    """Returns a program that was compiled before. Raises: _RefusedError if it was refused."""
-    known = json.loads(stored.with_suffix(".json").read_text())
-    if known["refusal"]:
-        raise _RefusedError(known["refusal"])
-    return Compiled(**(known["compiled"] | {"name": name, "memory": Memory(**known["compiled"]["memory"])}))
+def _specs(results: list[Any]) -> list[Any] | None:
+    """Returns where results lie on the mesh, as JSON can hold it; None for one that is on no mesh."""
+    if not all(isinstance(one, NamedSharding) for one in results):
+        return None
+    return [list(one.spec) for one in results]

@@ -70,6 +70,8 @@ class Forecast:
         found |= {name: value for name, value in asdict(facts).items() if name not in ("places", "kernels")}
         for program, one in zip(found["programs"], facts.programs, strict=True):
             program["memory"]["peak"] = one.memory.peak
+        if facts.refusal is not None:
+            found["peak_bytes"] = None  # nobody knows
         if span is None or not span.seconds:
             return found
         found |= {
@@ -87,10 +89,9 @@ class Forecast:
         return found | ({} if price is None else {"dollars_per_1000_steps": self.dollars(price, 1000)})
 
 
-def forecast(job: Job, facts: Facts, texts: Path, assumed: Assumptions, memory_bytes: int | None) -> Forecast:
-    """Returns the forecast of a job; `memory_bytes` takes the place of what the chip has."""
+def forecast(job: Job, facts: Facts, texts: Path, assumed: Assumptions, limit: int) -> Forecast:
+    """Returns the forecast of a job for devices with so many bytes."""
     topology = parse_topology(job.topology)
-    limit = topology.chip.memory_bytes if memory_bytes is None else memory_bytes
     if facts.refusal is not None:
         return Forecast(job, facts, limit, refused(facts.refusal))
     reason = None

@@ -2,12 +2,14 @@
 
 import gzip
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+UNREADABLE = (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError)  # of files that a crash, or others, left
 _REFUSALS = {  # of the TPU's compiler: what needs how much of how much
     "the program": re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) (?:of )?hbm"),
     "temporaries alone": re.compile(
@@ -43,8 +45,11 @@ class Compiled:
     seconds: float  # that compiling took
 
     def read(self, folder: Path) -> str:
-        """Returns its text."""
-        return gzip.decompress((folder / f"{self.text}.hlo.gz").read_bytes()).decode()
+        """Returns its text. Raises: one of UNREADABLE where the file is gone or damaged."""
+        text = gzip.decompress((folder / f"{self.text}.hlo.gz").read_bytes()).decode()
+        if not text:
+            raise EOFError(f"{folder}/{self.text}.hlo.gz is empty")
+        return text
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ VARIABLES = (
     *("JAX_NUMPY_DTYPE_PROMOTION", "JAX_THREEFRY_PARTITIONABLE"),
 )
 SOURCES = Path(__file__).parents[1]
-FOLDERS = ("config", "data", "kernels", "parallel", "nn", "models", "diffusion", "weights", "training", "inference")
-MAKERS = (  # of this folder; the others read what was compiled
-    *("programs.py", "parts.py", "compile.py", "count.py"),
-    *("topology.py", "chips.py", "gpus.py"),
+DEVICES = ("forecast/topology.py", "forecast/gpus.py")
+MAKERS = (  # what programs are made of; the other files of this folder read what was compiled
+    *("config", "data", "kernels", "parallel", "nn", "models", "diffusion", "weights", "training", "inference"),
+    *("forecast/programs.py", "forecast/parts.py", "forecast/compile.py", "forecast/count.py"),
+    *("forecast/chips.py", *DEVICES),
 )
 UNUSED_FIELDS = ("from_pretrained", "adapter", "rename_keys", "strict_load", "layout")  # of a network's section
 
@@ -37,7 +38,7 @@ class Job:
     @property
     def key(self) -> str:
         """What the answer depends on, as a name."""
-        relevant = asdict(self) | {"title": "", "versions": versions(), "sources": sources_digest()}
+        relevant = asdict(self) | {"title": "", "versions": versions(), "sources": sources_digest(MAKERS)}
         relevant["sections"] = {name: without_files(value) for name, value in self.sections.items()}
         return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -71,10 +72,10 @@ def versions() -> dict[str, str]:
 
 
 @cache
-def sources_digest() -> str:
-    """Returns a hash of the package's sources that programs are made of, as they are when it is first asked for."""
+def sources_digest(names: tuple[str, ...]) -> str:
+    """Returns a hash of files and folders of the package's sources, as they are when it is first asked for."""
     digest = hashlib.sha256()
-    paths = [path for folder in FOLDERS for path in (SOURCES / folder).rglob("*.py")]
-    for path in sorted([*paths, *(Path(__file__).with_name(name) for name in MAKERS)]):
+    places = [SOURCES / name for name in names]
+    for path in sorted(path for place in places for path in ([place] if place.is_file() else place.rglob("*.py"))):
         digest.update(str(path.relative_to(SOURCES)).encode() + path.read_bytes())
     return digest.hexdigest()

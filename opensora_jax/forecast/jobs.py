@@ -134,6 +134,9 @@ def _sampling(
 
 def _sampling_parts(values: dict[str, Any], line: Line | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the sections of what makes the images that videos begin with, where a config has that, and the videos."""
+    with_images = values.get("use_t2i2v") and (line is None or line[1] > 1)
+    if with_images and values["cond_type"] != "i2v_head":
+        raise UserError(f"use_t2i2v makes the first frame: cond_type is i2v_head then: got {values['cond_type']!r}")
     if line is not None:
         size = {"resolution": line[0], "num_frames": line[1], "height": None, "width": None}
         size["aspect_ratio"] = values["sampling_option"].get("aspect_ratio") or "16:9"
@@ -141,7 +144,7 @@ def _sampling_parts(values: dict[str, Any], line: Line | None) -> Iterator[tuple
         if line[1] == 1:
             values = values | {"cond_type": "t2v"}
     part = picked(values, programs.SampleSections) | {"text_networks": text_networks(values)}
-    if values.get("use_t2i2v") and values["cond_type"] != "t2v":
+    if with_images:
         option = build(programs.SampleSections, part, "config").sampling_option
         denoiser, autoencoder, resolution = (values.get(f"img_{name}") for name in ("flux", "flux_ae", "resolution"))
         if denoiser is None or autoencoder is None or resolution is None:

@@ -94,7 +94,9 @@ def parse_topology(name: str) -> Topology:
     if chip.is_gpu == (":" in name):
         raise UserError(f"topology {name!r}: {kind} is written as in {example(chip)}")
     allowed = (1,) if chip.is_gpu else ((2, 3) if chip.torus == 2 else (3,))
-    if len(sizes) not in allowed or (chip.torus == 2 and sizes[2:] not in ((), (1,))) or min(sizes) < 1:
+    if min(sizes) < 1:
+        raise UserError(f"topology {name!r}: a slice has at least 1 chip along each dimension, as in {example(chip)}")
+    if len(sizes) not in allowed or (chip.torus == 2 and sizes[2:] not in ((), (1,))):
         raise UserError(f"topology {name!r}: {kind} has {chip.torus} dimensions, as in {example(chip)}")
     sizes = sizes[: chip.torus] if chip.torus == 2 else sizes
     if math.prod(sizes) > chip.largest:

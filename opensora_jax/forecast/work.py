@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensora_jax.config.files import is_locked
-from opensora_jax.forecast.facts import Facts
+from opensora_jax.forecast.facts import UNREADABLE, Facts
 from opensora_jax.forecast.job import Job
 from opensora_jax.forecast.topology import ENVIRONMENT
 
@@ -82,9 +83,14 @@ class Workplace:
         return self.folder / "programs"
 
     def known(self, job: Job) -> Facts | None:
-        """Returns the answer of a job that was done before."""
-        path = self._file(job, ".json")
-        return Facts.from_json(json.loads(path.read_text())) if path.is_file() else None
+        """Returns the answer of a job that was done before: none where it, or a text of it, is damaged or gone."""
+        try:
+            facts = Facts.from_json(json.loads(self._file(job, ".json").read_text()))
+            for program in facts.programs:
+                program.read(self.texts)
+        except UNREADABLE:
+            return None
+        return facts
 
     def answers(self, jobs: Sequence[Job], say: Say = lambda text: None) -> Iterator[tuple[Job, Facts | Failure]]:
         """Yields every job with its answer, as they come: kept, or by a process started for it.
@@ -123,7 +129,7 @@ class Workplace:
             if not any(is_locked(place, held) for place in places) or not is_locked(own, held):
                 return None
             held.callback(own.unlink, missing_ok=True)
-            if answer.is_file():  # another plan has just done it
+            if self.known(job):  # another plan has just done it
                 return None
             held.callback(task.unlink, missing_ok=True)
             task.write_text(job.to_json())
@@ -137,13 +143,24 @@ class Workplace:
     def _answer(self, one: Running) -> Facts | Failure:
         status = one.process.poll()
         one.end()
-        if status == 0 and (found := self.known(one.job)):
+        if found := self.known(one.job):  # however it ended afterwards
             one.log.unlink(missing_ok=True)
             return found
         return Failure(reason_of(status, one.log, self.timeout), one.log)
 
     def _file(self, job: Job, suffix: str) -> Path:
         return self.folder / "answers" / f"{job.key}{suffix}"
+
+
+def end_with_parent() -> None:
+    """Ends this process, whatever it is at, as soon as the one that started it has ended: killed, it ends no other."""
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(TICK)
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 
 def compilers_at_once() -> int:

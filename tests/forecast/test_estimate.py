@@ -37,7 +37,7 @@ def texts(tmp_path):
     return tmp_path
 
 
-def make(texts, *, memory: int | None = None, **changes):
+def make(texts, *, memory: int = 63 * GIB // 4, **changes):
     memory_of = Memory(arguments=2 * GIB, output=0, temporary=3 * GIB, code=GIB, host=0)
     facts = replace(FACTS, programs=[Compiled("train", 2, "abc", memory_of, 1.0)], peak_bytes=6 * GIB, **changes)
     return forecast(JOB, facts, texts, Assumptions(), memory)

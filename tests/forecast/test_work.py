@@ -1,7 +1,9 @@
 """Jobs in processes of their own: kept answers, and ends that are results too."""
 
+import gzip
 import json
 import os
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -52,9 +54,15 @@ def answer(place, job, said=None):
 
 
 def keep(place, job, facts):
+    """Writes an answer, and the texts of its programs, as a compiler does; returns the files."""
     path = place.folder / "answers" / f"{job.key}.json"
-    path.parent.mkdir(parents=True)
+    for folder in (path.parent, place.texts):
+        folder.mkdir(parents=True, exist_ok=True)
+    texts = [place.texts / f"{program.text}.hlo.gz" for program in facts.programs]
+    for text in texts:
+        text.write_bytes(gzip.compress(b"ENTRY"))
     path.write_text(json.dumps(asdict(facts)))
+    return [path, *texts]
 
 
 def test_an_answer_is_kept_and_found(place, job):
@@ -64,6 +72,24 @@ def test_an_answer_is_kept_and_found(place, job):
     assert answer(place, job) == FACTS
     assert pending(place, [job]) == []
     assert place.known(replace(job, topology="v5e:4x4")) is None
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["the answer", "a text"])
+@pytest.mark.parametrize("content", [None, b"", b"\x1f\x8b", b"[]", b"{}"])
+def test_what_a_crash_left_damaged_is_done_again(sleeper, place, job, number, content):
+    damaged = keep(place, job, FACTS)[number]
+    damaged.unlink() if content is None else damaged.write_bytes(content)
+    assert pending(place, [job]) == [job]
+    (place.folder / "answers" / "go").touch()
+    assert answer(place, job).reason == "the compiler's process ended with 3"
+
+
+def test_an_answer_counts_however_its_process_ends(sleeper, place, job):
+    def write(text):
+        keep(place, job, FACTS)
+        (place.folder / "answers" / "go").touch()
+
+    assert answer(place, job, write) == FACTS
 
 
 def test_a_job_that_takes_too_long_is_a_failure_and_its_process_is_gone(tmp_path, job):
@@ -159,6 +185,28 @@ def test_no_process_outlives_its_plan(sleeper, place, job):
     assert len(seen) == 2
 
 
+WATCHED = """
+import sys, time
+from opensora_jax.forecast.work import end_with_parent
+end_with_parent()
+print("watches", flush=True)
+time.sleep(20)
+print("alone", flush=True)
+"""
+PARENT = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1]], start_new_session=True)
+"""
+
+
+def test_a_compiler_ends_with_a_plan_that_is_killed():
+    line = [sys.executable, "-c", PARENT, WATCHED]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "watches\n"
+        parent.kill()
+        assert parent.stdout.read() == ""  # which the child holds open until it ends
+
+
 @pytest.mark.parametrize("kind", ["the places of a machine", "a job"])
 def test_plans_wait_for_each_other(sleeper, tmp_path, place, job, kind):
     answers = place.folder / "answers"
@@ -170,7 +218,7 @@ def test_plans_wait_for_each_other(sleeper, tmp_path, place, job, kind):
 
     def other_plan_is_ready(text):
         assert text == "waiting for another plan"
-        (answers / f"{job.key}.json").write_text(json.dumps(asdict(FACTS)))
+        keep(place, job, FACTS)
 
     with ExitStack() as held:
         assert all(is_locked(path, held) for path in paths)

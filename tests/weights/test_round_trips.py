@@ -1,8 +1,5 @@
 """Published files of autoencoders and critics go in and come out: every bit and every key, with the constants."""
 
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,12 +71,17 @@ def get_config():
 """
 
 
-def convert(*arguments):
-    line = [sys.executable, "-m", "opensora_jax.convert", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, env=os.environ | {}, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def convert(command):
+    """Returns a function that runs the command, however it ends."""
+
+    def run(*arguments):
+        return command("convert", *arguments, status=None)
+
+    return run
 
 
-def test_the_command_writes_constants_too_and_refuses_those_of_another_latent(tmp_path):
+def test_the_command_writes_constants_too_and_refuses_those_of_another_latent(convert, tmp_path):
     file, config = tmp_path / "in.safetensors", tmp_path / "config.py"
     config.write_text(CONFIG.format(section=SECTIONS["opensora_vae"] | {"from_pretrained": str(file)}))
     tensors = publish(file, "opensora_vae")

@@ -381,10 +381,8 @@ def test_a_table_without_clips_or_sizes_is_refused(change, message, meta, tmp_pa
         (["--meta=m.parquet", "--output=x", "--shard_mb=0"], "shard_mb"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_1(arguments, message):
-    line = [sys.executable, "-m", "opensora_jax.dataset", "shard", *arguments]
-    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1
+def test_a_mistake_is_one_line_and_status_1(command, arguments, message):
+    result = command("dataset", "shard", *arguments, status=1)
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
