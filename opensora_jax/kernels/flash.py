@@ -93,10 +93,11 @@ def _by_platform(direction: str, q: Array, *arrays: Any, scale: float, dtype: DT
     if backend == "chunked":
         announce("XLA in chunks", reason, platform())
         return on(chunked)(q, *arrays)
-    obstacle = flash_gpu.obstacle(q)
+    obstacles = {"tpu": flash_tpu.obstacle(q), "gpu": flash_gpu.obstacle(q)}
     names = {"tpu": ("Pallas flash attention", reason), "gpu": ("cuDNN", reason)}
-    if obstacle:
-        names["gpu"] = ("XLA in chunks", obstacle)
+    names |= {name: ("XLA in chunks", obstacle) for name, obstacle in obstacles.items() if obstacle}
     announce(*names.get(platform(), ("XLA in chunks", "it has no kernel of its own")), platform())
-    cuda = on(chunked if obstacle else flash_gpu)
-    return jax.lax.platform_dependent(q, *arrays, tpu=on(flash_tpu), cuda=cuda, default=on(chunked))
+    tpu, cuda = (
+        on(chunked if obstacles[name] else module) for name, module in (("tpu", flash_tpu), ("gpu", flash_gpu))
+    )
+    return jax.lax.platform_dependent(q, *arrays, tpu=tpu, cuda=cuda, default=on(chunked))

@@ -17,6 +17,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
+from opensora_jax.kernels.chunked import LOWEST
+
 SETTINGS = {  # of the backward pass: no dropout, no bias, no window, no function of logits
     "seed": 42,
     "dropout_rate": 0.0,
@@ -33,7 +35,7 @@ SETTINGS = {  # of the backward pass: no dropout, no bias, no window, no functio
 def obstacle(q: Array) -> str | None:
     """Returns why cuDNN cannot attend with such queries in this process, or None if it can."""
     capability = _compute_capability()
-    most = 256 if capability >= (9, 0) else 128
+    most = 256 if capability[0] == 9 else 128  # wider heads learn on Hopper alone
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attends in bfloat16 and float16, not in {q.dtype}"
     if capability < (8, 0):
@@ -59,6 +61,9 @@ def forward(
     out, lse = cudnn.dot_product_attention(
         q, k, v, None, None, *lengths, scale=scale, mask_type=kind, return_residual=True
     )
+    if lengths[1] is not None:  # cuDNN says nothing, or NaN, of a sample without keys
+        is_none = (lengths[1] == 0)[:, None, None]
+        out, lse = jnp.where(is_none[..., None], 0, out), jnp.where(is_none, LOWEST, lse)
     return out.astype(dtype), lse
 
 
@@ -96,6 +101,7 @@ def backward(
     if order is not None and real is not None:
         back = jnp.argsort(order, axis=1)
         dk, dv = (jnp.where(real[..., None, None], _take(part, back), 0) for part in (dk, dv))
+        dq = jnp.where(real.any(1)[:, None, None, None], dq, 0)
     return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype)
 
 

@@ -26,6 +26,13 @@ from opensora_jax.kernels.operands import LOG2E, Padding, column, cost, dot, in_
 
 __all__ = ["backward", "forward"]
 
+DTYPES = (jnp.bfloat16, jnp.float32)
+
+
+def obstacle(q: Array) -> str | None:
+    """Returns why the kernel cannot attend with such queries, or None if it can."""
+    return None if q.dtype in DTYPES else f"TPUs attend in bfloat16 and float32, not in {q.dtype}"
+
 
 def forward(
     q: Float[Array, "B L N K"],

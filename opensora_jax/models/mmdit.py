@@ -61,6 +61,12 @@ class MMDiTConfig:
 
     def __post_init__(self):
         """Check what the layers below rely on."""
+        sizes = ("in_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "theta", "patch_size")
+        counts = ("depth", "depth_single_blocks", "axes_dim", "grad_ckpt_settings")
+        for least, names in (1, sizes), (0, counts):
+            for name in names:
+                if np.min(getattr(self, name)) < least:
+                    raise ValueError(f"{name} is at least {least}: got {getattr(self, name)}.")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size must be divisible by num_heads: got {self.hidden_size} and {self.num_heads}."
@@ -131,10 +137,11 @@ class StreamAttention(nnx.Module):
     def project(self, x: Float[Array, "B L D"], table: Table) -> tuple[Heads, Heads, Heads]:
         """Returns queries, keys (both normalised and rotated) and values."""
         if self.fused:
-            q, k, v = rearrange(self.qkv(x), "B L (three N K) -> three B L N K", three=3, N=self.heads)
+            width = x.shape[-1]
+            parts = self.qkv.split(x, [width, 2 * width])
         else:
-            projections = (self.q_proj, self.k_proj, self.v_proj)
-            q, k, v = (rearrange(to(x), "B L (N K) -> B L N K", N=self.heads) for to in projections)
+            parts = [to(x) for to in (self.q_proj, self.k_proj, self.v_proj)]
+        q, k, v = (rearrange(part, "B L (N K) -> B L N K", N=self.heads) for part in parts)
         return *self.norm(q, k, table), v
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from opensora_jax.kernels import prologue_tpu
 from opensora_jax.kernels.blocks import LANES
 from opensora_jax.kernels.choice import choose_kernel, left_to_compiler, platform
+from opensora_jax.kernels.flash_tpu import DTYPES
 from opensora_jax.nn.norm import RMSNorm
 from opensora_jax.nn.rope import Table, rotate_pairs
 from opensora_jax.parallel.gather import is_split_along_tensor
@@ -31,7 +32,7 @@ def normed_and_rotated(x: Heads, norm: RMSNorm, table: Table, rotate: Callable[[
     mesh, pairs = get_abstract_mesh(), rotate is rotate_pairs
     split = is_split_along_tensor()
     is_ours = heads % mesh.shape["tensor"] == 0 if split else choose_kernel(channels).backend == "flash"
-    if platform() != "tpu" or channels % LANES or not is_ours:
+    if platform() != "tpu" or channels % LANES or x.dtype not in DTYPES or not is_ours:
         return rotate(norm(x), table)
     run = partial(_fused, eps=norm.eps, pairs=pairs)
     if split:

@@ -40,7 +40,7 @@ class Stack(nnx.Module):
 
     Every block's input is kept for that. `policy` says what else is: nothing (`full`), the result of attention
     (`save_attention`), or that too, and all of it in the host's memory (`offload`). The other blocks keep the results
-    of their products.
+    of their products. Raises: ValueError for a negative `remat`.
     Source: `grad_ckpt_settings` in Open-Sora 2.0 counts the checkpointed blocks in the same way.
     """
 
@@ -53,6 +53,8 @@ class Stack(nnx.Module):
         policy: RematPolicy = "full",
         rngs: nnx.Rngs,
     ):
+        if remat < 0:
+            raise ValueError(f"remat counts the blocks that recompute, from 0 on: got {remat}.")
         self.depth, self.remat, self.policy = depth, min(remat, depth), policy
         build = nnx.split_rngs(splits=depth)(nnx.vmap(make_block, axis_size=depth))
         self.blocks = build(rngs)

@@ -9,6 +9,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from opensora_jax.config.errors import UserError
 from opensora_jax.parallel.mesh import BATCH_AXES, data_shards
 from opensora_jax.parallel.warn import warn_once
 
@@ -82,14 +83,22 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
     """Returns (index, count): which of how many equal parts of a global batch this process reads.
 
     Processes whose devices share samples, because they split the model, read the same part.
-    Raises: ValueError when the samples of this process do not lie side by side.
+    Raises: UserError when the samples of the processes are no such parts.
     """
     shards = data_shards(mesh)
-    places = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
-    mine = sorted({place[0].indices(shards)[0] for place in places if place is not None})
-    if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
-        raise ValueError(f"this process holds the shards {mine} of a batch: they must be neighbours")
-    return mine[0] // len(mine), shards // len(mine)
+    found: dict[int, set[int]] = {}
+    places: Any = batch_sharding(mesh).devices_indices_map((shards,))
+    for device, place in places.items():
+        found.setdefault(device.process_index, set()).add(place[0].indices(shards)[0])
+    mine = sorted(found[jax.process_index()])
+    size = len(mine)
+    parts = [set(range(start, start + size)) for start in range(0, shards, size)]
+    if any(part not in parts for part in found.values()):
+        raise UserError(
+            f"{len(found)} processes cannot read equal parts of a batch in {shards} shards: choose "
+            "mesh.data x mesh.fsdp that divides by the number of processes, or divides it"
+        )
+    return mine[0] // size, shards // size
 
 
 def prefetch(batches: Iterable[dict[str, np.ndarray]], mesh: Mesh) -> Iterator[dict[str, Array]]:

@@ -49,6 +49,13 @@ def test_long_sequences_get_the_values_and_gradients_of_the_reference(dtype):
         assert error < (2e-6 if dtype == jnp.float32 else 1e-2)
 
 
+def test_half_precision_that_a_chip_lacks_goes_in_chunks():
+    for dtype, kernels in (jnp.bfloat16, 1), (jnp.float16, 0):
+        q = jax.ShapeDtypeStruct((1, 2048, 1, 128), dtype)
+        program = jax.jit(attention).trace(q, q, q).lower(lowering_platforms=("tpu",)).as_text()
+        assert program.count("tpu_custom_call") == kernels
+
+
 def test_what_a_policy_keeps_spares_the_second_forward_pass():
     q = normal(1, 600, 3, 8)
     keep = jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS)

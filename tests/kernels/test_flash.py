@@ -51,6 +51,8 @@ TPU_CASES = {
     "heads of 128, odd lengths": ((1, 601, 261, 2, 128), False, jnp.float32),
     "heads of 256 in bfloat16, one mask for two samples": ((2, 513, 257, 1, 256), True, jnp.bfloat16),
     "heads of 72, one block": ((1, 127, 128, 1, 72), False, jnp.bfloat16),
+    "chunks of a block, padding": ((1, 130, 300, 1, 64), True, jnp.float32),
+    "chunks of a block": ((1, 130, 512, 1, 64), False, jnp.float32),
 }
 
 
@@ -59,13 +61,15 @@ def test_tpu_kernels_are_the_reference(name):
     size, padded, dtype = TPU_CASES[name]
     real = half_of(1 if "one mask" in name else size[0], size[2], 128) if padded else None
     with pltpu.force_tpu_interpret_mode():
-        compare(flash_tpu, size, real, dtype, most=Blocks(128, 128, 128))
+        compare(flash_tpu, size, real, dtype, most=Blocks(128, 256 if "chunks" in name else 128, 128))
 
 
-@pytest.mark.parametrize("logits", [2**14, 2**22])  # many chunks; one
+@pytest.mark.parametrize(("logits", "where"), [(2**14, "cpu"), (2**14, "gpu"), (2**22, "cpu")])  # many chunks; one
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
-def test_chunks_are_the_reference(logits, dtype, padded):
+def test_chunks_are_the_reference(monkeypatch, logits, where, dtype, padded):
+    """On CPUs heads go one after the other; elsewhere all of them meet a chunk together."""
+    monkeypatch.setattr(chunked, "platform", lambda: where)
     real = half_of(2, 409, 137) if padded else None
     compare(chunked, (2, 301, 409, 3, 8), real, dtype, logits=logits)
 

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(
     [
         ("v5e:2x2", ("64 bfloat16", "256 float32", "prologue 128 bfloat16")),
         ("v5p:2x2x1", ("ulysses", "tensor alone", "prologue 256 float32")),
-        ("v5p:2x2x1", ("ring",)),
-        ("v6e:2x2", ("128 bfloat16", "256 float32", "prologue 128 bfloat16")),
+        ("v5p:2x2x1", ("ring 256",)),
+        ("v6e:2x2", ("128 bfloat16", "256 bfloat16", "256 float32", "prologue 128 bfloat16")),
     ],
 )
 def test_attention_compiles_for_a_tpu(topology, names):
@@ -43,7 +43,7 @@ def test_attention_compiles_for_a_tpu(topology, names):
         if name.startswith("prologue"):
             assert sorted(kernel.strip("_").split("_")[-1] for kernel in found["kernels"]) == ["backward", "forward"]
             continue
-        times = 2 if name == "ring" else 1  # the last device's keys are met outside of the loop
+        times = 2 if name.startswith("ring") else 1  # the last device's keys are met outside of the loop
         # the forward kernel is not in the backward pass: what it found was kept
         assert sorted(found["kernels"]) == ["flash_backward"] * times + ["flash_forward"] * times, name
         assert found["temporary"] < found["logits"] / 3, name

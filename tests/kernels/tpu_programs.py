@@ -26,7 +26,7 @@ from opensora_jax.parallel.sequence import attend, per_device
 TEXT, VIDEO, LENGTH = 77, 16_001, 8_001  # no mesh and no block divides them
 
 
-def layers(devices, *sizes, heads):
+def layers(devices, *sizes, heads, channels=128):
     """Returns the gradient of three layers of attention on a mesh, in a rematerialised scan, and its logits.
 
     One sample, so that `seq` splits tokens.
@@ -35,7 +35,7 @@ def layers(devices, *sizes, heads):
 
     def model(module, text, video, gain, shared):
         def layer(x, _):
-            q = x.reshape(*x.shape[:2], -1, 128)
+            q = x.reshape(*x.shape[:2], -1, channels)
             return x + attend(q, 2 * q, q - 1, shared).reshape(x.shape) * gain[:, None, None], None
 
         keep = jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS)
@@ -47,7 +47,7 @@ def layers(devices, *sizes, heads):
         return jnp.mean(per_device(model, nnx.Module(), text, video, gain).astype(jnp.float32) ** 2)
 
     split = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    tokens = [jax.ShapeDtypeStruct((1, n, heads * 128), jnp.bfloat16, sharding=split) for n in (TEXT, VIDEO)]
+    tokens = [jax.ShapeDtypeStruct((1, n, heads * channels), jnp.bfloat16, sharding=split) for n in (TEXT, VIDEO)]
     gain = jax.ShapeDtypeStruct((1,), jnp.bfloat16, sharding=split)
     shards, ring = sizes[2] * sizes[3], len(sizes) > 4
     logits = heads // (sizes[3] if ring else shards) * ((TEXT + VIDEO) // (sizes[2] if ring else 1)) ** 2
@@ -82,9 +82,11 @@ def prologue(devices, channels, dtype):
 PROGRAMS = {
     "ulysses": lambda devices: layers(devices, 1, 1, 2, 2, heads=4),
     "ring": lambda devices: layers(devices, 1, 1, 2, 2, "ring", heads=4),
+    "ring 256": lambda devices: layers(devices, 1, 1, 2, 2, "ring", heads=2, channels=256),
     "tensor alone": lambda devices: layers(devices, 1, 1, 1, 4, heads=4),
     "64 bfloat16": lambda devices: alone(devices, 64, jnp.bfloat16),
     "128 bfloat16": lambda devices: alone(devices, 128, jnp.bfloat16),
+    "256 bfloat16": lambda devices: alone(devices, 256, jnp.bfloat16),
     "256 float32": lambda devices: alone(devices, 256, jnp.float32),
     "prologue 128 bfloat16": lambda devices: prologue(devices, 128, jnp.bfloat16),
     "prologue 256 float32": lambda devices: prologue(devices, 256, jnp.float32),

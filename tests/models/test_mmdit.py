@@ -32,6 +32,10 @@ def test_a_latent_that_no_patch_divides_is_refused_by_name():
         ("num_heads", 5, "divisible by num_heads"),
         ("axes_dim", (4, 4, 6), "sum to the head size 12"),
         ("in_channels", 13, "divisible by patch_size"),
+        ("num_heads", 0, "num_heads is at least 1: got 0"),
+        ("patch_size", -1, "patch_size is at least 1: got -1"),
+        ("axes_dim", (-4, 8, 8), "axes_dim is at least 0"),
+        ("grad_ckpt_settings", (100, -1), "grad_ckpt_settings is at least 0"),  # it would leave blocks out
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(field, value, message):

@@ -46,8 +46,11 @@ def test_the_kernel_is_the_norm_and_the_rotation(name):
     expected = prepared(rotate, dtype, *rest)
     on_tpu = mock.patch.object(prologue, "platform", return_value="tpu")
     small = mock.patch.object(prologue_tpu, "BLOCK_BYTES", 128 * 1024)  # several blocks
-    with on_tpu, small, pltpu.force_tpu_interpret_mode():
+    there = mock.patch.object(prologue_tpu, "forward", wraps=prologue_tpu.forward)
+    back = mock.patch.object(prologue_tpu, "backward", wraps=prologue_tpu.backward)
+    with on_tpu, small, there as forward, back as backward, pltpu.force_tpu_interpret_mode():
         found = prepared(rotate, dtype, *rest)
+    assert (forward.call_count, backward.call_count) == (1, 1)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         difference = np.abs(np.float32(a) - np.float32(b)).max() / np.abs(np.float32(b)).max()

@@ -180,10 +180,11 @@ def test_fsdp_gathers_weights_and_scatters_gradients_and_nothing_else(name):
     assert not kept  # no stack of whole weights waits for the backward pass
 
 
-def test_split_heads_leave_tokens_whole():
+@pytest.mark.parametrize("fused", [False, True])
+def test_split_heads_leave_tokens_whole(fused):
     """What travels forwards are sums of each product's parts: tokens are neither gathered nor traded for columns."""
     mesh = make_mesh(MESHES["tensor 2 x data 4"])
-    program = compiled(CONFIG, mesh, lambda model, inputs: model(**inputs))
+    program = compiled(replace(CONFIG, fused_qkv=fused), mesh, lambda model, inputs: model(**inputs))
     tokens = (BATCH // 4) * (TEXT + 15) * CONFIG.hidden_size
     assert collectives(program, "all-reduce")
     assert max(map(math.prod, collectives(program, "all-gather")), default=0) < tokens // 4
