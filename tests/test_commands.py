@@ -296,9 +296,11 @@ def test_two_processes_sample_what_one_does(world, command, tmp_path):
     printed = together("sample", *flags)
     assert "2 new videos, 0 kept" in printed[0]
     assert "new videos" not in printed[1]
-    for name in "0000_a-red-circle_image.png", "0000_a-red-circle.mp4", "0001_a-blue-square.mp4":
-        one, two = (outputs.read(tmp_path / folder / name).astype(int) for folder in ("out", "two"))
-        assert np.abs(one - two).mean() < 0.5, name
+    names = "0000_a-red-circle_image.png", "0000_a-red-circle.mp4", "0001_a-blue-square.mp4"
+    one, two = ([outputs.read(tmp_path / folder / name).astype(int) for name in names] for folder in ("out", "two"))
+    for number, name in enumerate(names):
+        assert np.abs(one[number] - two[number]).mean() < 2, name  # a level in a pixel is more after H.264
+    assert np.abs(one[1] - one[2]).mean() > 10
     assert (tmp_path / "two" / "runs.jsonl").read_text().count("\n") == 1
 
 

@@ -46,4 +46,5 @@ def test_attention_compiles_for_a_tpu(topology, names):
         times = 2 if name.startswith("ring") else 1  # the last device's keys are met outside of the loop
         # the forward kernel is not in the backward pass: what it found was kept
         assert sorted(found["kernels"]) == ["flash_backward"] * times + ["flash_forward"] * times, name
-        assert found["temporary"] < found["logits"] / 3, name
+        few = 1 if name == "ring 256" else 3  # channels twice as wide meet the same number of logits
+        assert found["temporary"] < found["logits"] / few, name
