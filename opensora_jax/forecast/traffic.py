@@ -88,7 +88,7 @@ def read_groups(text: str, devices: int) -> Groups:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
         chosen = [place for place, name in enumerate(sizes) if f"'{name}'" in found[3]]
         ids = _ordered(found[2] or f"[{math.prod(sizes.values())}]")
-        if ids is not None and chosen:
+        if ids is not None and ":" not in found[3]:  # which would be a part of an axis
             ids = ids.reshape(tuple(sizes.values()))
             width = math.prod(ids.shape[place] for place in chosen)
             return _rows(np.moveaxis(ids, chosen, range(-len(chosen), 0)).reshape(-1, width))
