@@ -66,6 +66,8 @@ def _export(argv: list[str]) -> Path:
     if not workdir.is_workdir(source):
         raise UserError(f"--input is a workdir of ours, with checkpoints in it: got {source}")
     stored = workdir.Stored(source)
+    if given.layout != "same" and stored.meta["type"] not in pretrained.DENOISERS:
+        raise UserError(f"--layout is for an MMDiT, which has two: {source} holds a {stored.meta['type']}")
     tensors: Any = pretrained.open_weights(source)
     if given.layout != "same":
         tensors = LAYOUTS[given.layout](tensors, stored.meta["model"]["num_heads"])

@@ -145,7 +145,8 @@ def _run_encode(argv: list[str]) -> Path | None:
         raise UserError(
             f"each stage has a cache of its own: give the config of one of {', '.join(stage_names(config))}"
         )
-    sections = {field.name: config[field.name] for field in dataclasses.fields(encode.EncodeJob)}
+    names = [field.name for field in dataclasses.fields(encode.EncodeJob)]
+    sections = {name: config[name] for name in names if name in config}
     cache = encode.run(build(encode.EncodeJob, sections, "config"))
     return cache.folder.parent if cache else None
 

@@ -52,6 +52,7 @@ from opensora_jax.training.optimizer import OptimConfig
 from opensora_jax.training.periodic import Periodic, Seen
 from opensora_jax.training.programs import AbstractBatch, Programs
 from opensora_jax.training.recipe import Recipe
+from opensora_jax.training.state import check_average
 from opensora_jax.training.throughput import Work
 from opensora_jax.training.validation import Validation, ValidationConfig
 from opensora_jax.weights.adapter import is_adapter, write_adapter
@@ -102,6 +103,12 @@ class TrainConfig:
     distributed: DistributedConfig
     loop: LoopConfig
 
+    def __post_init__(self):
+        """Check what no other section knows."""
+        check_average(self.ema_decay)
+        if self.accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps is at least 1: got {self.accumulation_steps}.")
+
     @property
     def recipe(self) -> Recipe:
         """The part that decides the compiled step."""
@@ -117,10 +124,13 @@ def main(argv: list[str]) -> Path | None:
         if len(stages) > 1 and stage.is_finished():
             logging.info("%s is finished: on to the next stage", stage.config.workdir)
             continue
-        train(stage.after(stages[number - 1]) if number else stage)
+        told_to_stop = train(stage.after(stages[number - 1]) if number else stage)
         jax.clear_caches()  # the programs of a finished stage; and its arrays
         gc.collect()
-    return stages[-1].config.workdir
+        if told_to_stop and stage is not stages[-1]:
+            logging.warning("%s is finished; the same command continues with the next stage", stage.config.workdir)
+            raise SystemExit(0)
+    return stages[-1].config.workdir if jax.process_index() == 0 else None
 
 
 class Stage(NamedTuple):
@@ -155,8 +165,8 @@ def parse_stages(config: ConfigDict) -> list[Stage]:
     return [Stage(part.to_dict(), build(TrainConfig, part, f"config.{name}")) for name, part in parts.items()]
 
 
-def train(stage: Stage) -> None:
-    """Trains one stage to its end."""
+def train(stage: Stage) -> bool:
+    """Trains one stage to its end; returns whether the process was asked to stop during its last step."""
     config = stage.config
     config.validation.check(bool(config.latents))
     mesh = make_mesh(config.mesh)
@@ -203,6 +213,7 @@ def train(stage: Stage) -> None:
     if config.lora is not None:
         base = config.model["from_pretrained"]
         write_adapter(config.workdir / LORA, config.model["type"], state.averaged_params, config.lora, base)
+    return run.preemption.told
 
 
 def looks(

@@ -36,7 +36,7 @@ from opensora_jax.training import reconstruction, vae
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
 from opensora_jax.training.programs import Assembled
-from opensora_jax.training.state import make_train_step, plan_state
+from opensora_jax.training.state import check_average, make_train_step, plan_state
 from opensora_jax.weights.lora import frozen_parameters
 from opensora_jax.weights.pretrained import (
     AUTOENCODERS,
@@ -59,6 +59,11 @@ class ValidationConfig:
     data_path: str
     clips: int
     latent_clips: int  # clips of the training table from which the latent's statistics are measured
+
+    def __post_init__(self):
+        """Refuse what would be found out after training."""
+        if self.clips < 0 or self.latent_clips < 1:
+            raise ValueError(f"clips is at least 0, latent_clips at least 1: got {self.clips} and {self.latent_clips}.")
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,10 @@ class TrainVAEConfig:
     mesh: MeshConfig
     distributed: DistributedConfig
     loop: LoopConfig
+
+    def __post_init__(self):
+        """Check what no other section knows."""
+        check_average(self.ema_decay)
 
 
 def main(argv: list[str]) -> Path | None:
@@ -128,7 +137,7 @@ def main(argv: list[str]) -> Path | None:
         {name: abstract_batch(batch, mesh) for name, batch in examples.items()},
     )
     if from_first(is_measured(config.workdir, int(state.step))):
-        return config.workdir
+        return config.workdir if jax.process_index() == 0 else None
     params = jax.tree.map(to_host, state.averaged_params)  # every process has a part
     if jax.process_index() == 0:
         own = this_process()
@@ -140,7 +149,7 @@ def main(argv: list[str]) -> Path | None:
         write_json(config.workdir / "validation.json", {"step": int(state.step)} | measured)
         logging.info("held-out clips: %s", measured)
     from_first(None)  # the others wait: processes end together
-    return config.workdir
+    return config.workdir if jax.process_index() == 0 else None
 
 
 def perceptual_distance(config: TrainVAEConfig) -> nnx.Module | None:

@@ -104,8 +104,8 @@ def test_gathers_and_scatters_run_on_sparse_cores_where_there_are_some(plan, cac
 def test_programs_that_are_kept_are_not_compiled_again(plan, tmp_path):
     """Answers go when sources change; the texts of a decode's programs, and where results lie, stay."""
     fields = ["model.in_channels=16", "model.num_heads=1", "model.axes_dim=(32,48,48)", "model.hidden_size=128"]
-    fields += ["model.depth=1", "model.depth_single_blocks=0", "ae.latent_channels=4", "ae.block_out_channels=(4,8)"]
-    fields += ["ae.layers_per_block=1", "ae.mid_block_add_attention=False", "ae.spatial_compression_ratio=4"]
+    fields += ["model.depth=1", "model.depth_single_blocks=0", "ae.latent_channels=4", "ae.block_out_channels=(4,4,8)"]
+    fields += ["ae.layers_per_block=1", "ae.mid_block_add_attention=False"]
     fields += ["mesh.data=4", "batch_size=4", "decode_batch_size=4", "sampling_option.num_frames=1"]
     flags = ["--config=configs/diffusion/inference/demo.py", *(f"--config.{field}" for field in fields)]
     flags += ["--topology=v5e:2x2", f"--cache={tmp_path}"]

@@ -23,7 +23,7 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, flags.Error):
         return _explain_flag(error)
-    if isinstance(error, OSError) and error.errno in _PATH:
+    if isinstance(error, OSError) and error.errno in _PATH and error.filename is not None:
         return f"{error.filename}: {_PATH[error.errno]}"
     for cause in _chain(error):
         for code, advice in _DISK.items():
@@ -42,6 +42,7 @@ _PATH = {  # only as the error itself: code may master one of these and then fai
     errno.ENOENT: "there is no such file or folder; check the path, or choose another",
     errno.EACCES: "permission is denied; change its rights or choose another path",
     errno.EPERM: "the operation is not permitted; change its rights or choose another path",
+    errno.EISDIR: "this is a folder, not a file; choose another path",
     errno.ENOTDIR: "a part of this path is a file, not a folder; choose another path",
     errno.EEXIST: "a file has the name that a folder needs; move it or choose another folder",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from opensora_jax.kernels.attention import attention
+from opensora_jax.models.sizes import check_least
 from opensora_jax.nn.linear import Embedding, Linear
 from opensora_jax.nn.norm import LayerNorm
 from opensora_jax.nn.stack import Stack
@@ -36,6 +37,7 @@ class CLIPTextConfig:
 
     def __post_init__(self):
         """Check what the layers below rely on."""
+        check_least(self, 1, "vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings")
         if self.hidden_act != "quick_gelu":
             raise ValueError(f"CLIP needs hidden_act 'quick_gelu': got {self.hidden_act!r}.")
         if self.hidden_size % self.num_attention_heads:

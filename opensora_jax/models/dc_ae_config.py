@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
+from opensora_jax.models.sizes import check_least
 from opensora_jax.nn.conv3d import Triple
 from opensora_jax.nn.efficient_vit import HEAD_SIZE
 from opensora_jax.nn.tiling import Tiling
@@ -59,7 +60,8 @@ class Stages:
         stages = len(self.width_list)
         lengths = [len(self.depth_list), len(in_time)]
         lengths += [len(given) for given in (self.block_type, self.norm, self.act) if isinstance(given, tuple)]
-        if not stages or set(lengths) != {stages}:
+        check_least(self, 1, "width_list")
+        if set(lengths) != {stages}:
             raise ValueError(f"every list has one entry a stage: width_list has {stages}, others have {lengths}.")
         if min(self.depth_list) < 1 or [len(kinds) for kinds in self.blocks] != list(self.depth_list):
             raise ValueError(f"a stage has 1 block or more, and a type for each: got depths {self.depth_list}.")
@@ -179,6 +181,7 @@ class DCAEConfig:
         """Fill in the published network, and check what the layers and tiling rely on."""
         if self.model_name is not None:
             self._fill_in(self.model_name)
+        check_least(self, 1, "in_channels", "latent_channels", "time_compression_ratio", "spatial_compression_ratio")
         if not self.from_scratch:
             raise ValueError("from_scratch=False would look for weights by model_name: name them in from_pretrained.")
         if self.scaling_factor is not None and self.scaling_factor <= 0:

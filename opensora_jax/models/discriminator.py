@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
+from opensora_jax.models.sizes import check_least
 from opensora_jax.nn.conv import Conv
 from opensora_jax.nn.conv3d import Triple
 from opensora_jax.nn.norm import BatchNorm
@@ -36,8 +37,7 @@ class DiscriminatorConfig:
 
     def __post_init__(self):
         """Check what the layers rely on."""
-        if self.n_layers < 1:
-            raise ValueError(f"n_layers is 1 or more: got {self.n_layers}.")
+        check_least(self, 1, "input_nc", "ndf", "n_layers")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is at least 0 and below 1: got {self.dropout}.")
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Key
 
 from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
-from opensora_jax.models.sizes import check_frames, latent_size
+from opensora_jax.models.sizes import check_frames, check_least, check_normaliser, latent_size
 from opensora_jax.nn.chunks import cut, of_images
 from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv3d import Triple
@@ -43,14 +43,10 @@ class FluxAEConfig:
 
     def __post_init__(self):
         """Check what the layers below rely on."""
+        check_least(self, 1, "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "z_channels")
         if self.ch % GROUPS:
             raise ValueError(f"ch is divisible by {GROUPS}: got {self.ch}.")
-        if not self.ch_mult:
-            raise ValueError("ch_mult has a number for each level: got none.")
-        for name in ("scale_factor", "shift_factor"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != self.z_channels:
-                raise ValueError(f"{name} has one number or {self.z_channels}, one a channel: got {len(value)}.")
+        check_normaliser(self, self.z_channels, factor="scale_factor", shift="shift_factor")
 
     @property
     def network(self) -> ImageVAEConfig:

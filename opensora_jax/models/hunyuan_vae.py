@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Key
 
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
-from opensora_jax.models.sizes import check_frames, latent_size
+from opensora_jax.models.sizes import check_frames, check_least, check_normaliser, latent_size
 from opensora_jax.nn.compiled import compiled
 from opensora_jax.nn.conv3d import CausalConv3d, Conv3d, Triple, orthogonal_blur
 from opensora_jax.nn.frame_attention import frame_causal_attention
@@ -52,6 +52,13 @@ class HunyuanVAEConfig:
 
     def __post_init__(self):
         """Check what the layers below and tiling rely on."""
+        check_least(self, 1, "in_channels", "out_channels", "latent_channels", "block_out_channels")
+        check_least(self, 1, "layers_per_block", "norm_num_groups")
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            raise ValueError(
+                f"norm_num_groups divides all of block_out_channels: got {self.norm_num_groups} and "
+                f"{self.block_out_channels}."
+            )
         if self.time_compression_ratio not in (4, 8):
             raise ValueError(f"time_compression_ratio is 4 or 8: got {self.time_compression_ratio}.")
         if self.spatial_compression_ratio not in [2**i for i in range(1, len(self.block_out_channels) + 1)]:
@@ -59,10 +66,13 @@ class HunyuanVAEConfig:
                 f"spatial_compression_ratio is a power of two up to 2^{len(self.block_out_channels)} for "
                 f"{len(self.block_out_channels)} levels: got {self.spatial_compression_ratio}."
             )
-        for name in ("scale_factor", "shift_factor"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != self.latent_channels:
-                raise ValueError(f"{name} has one number or {self.latent_channels}, one a channel: got {len(value)}.")
+        if self.strides[0] != self.time_compression_ratio:
+            raise ValueError(
+                f"{len(self.block_out_channels)} levels with a spatial_compression_ratio of "
+                f"{self.spatial_compression_ratio} shrink time by {self.strides[0]}: got a time_compression_ratio of "
+                f"{self.time_compression_ratio}."
+            )
+        check_normaliser(self, self.latent_channels, factor="scale_factor", shift="shift_factor")
         _ = self.tiling
 
     @property

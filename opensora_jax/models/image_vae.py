@@ -18,6 +18,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from opensora_jax.models.sizes import check_least
 from opensora_jax.nn.conv2d import Conv2d, image_blur
 from opensora_jax.nn.frame_attention import frame_causal_attention
 from opensora_jax.nn.linear import Linear
@@ -40,7 +41,9 @@ class ImageVAEConfig:
     layout: Layout
 
     def __post_init__(self):
-        """Check what the group norms need."""
+        """Check what the layers below rely on."""
+        check_least(self, 1, "in_channels", "out_channels", "latent_channels", "stem_channels", "block_out_channels")
+        check_least(self, 1, "layers_per_block", "norm_num_groups")
         for channels in (self.stem_channels, *self.block_out_channels):
             if channels % self.norm_num_groups:
                 raise ValueError(f"all channels are divisible by {self.norm_num_groups} groups: got {channels}.")

@@ -18,6 +18,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Num
 
+from opensora_jax.models.sizes import check_least
 from opensora_jax.nn.embed import MLPEmbedder, grid_ids, patchify, timestep_embedding, unpatchify
 from opensora_jax.nn.linear import Linear, zeros
 from opensora_jax.nn.norm import RMSNorm, standardize
@@ -61,12 +62,9 @@ class MMDiTConfig:
 
     def __post_init__(self):
         """Check what the layers below rely on."""
-        sizes = ("in_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "theta", "patch_size")
-        counts = ("depth", "depth_single_blocks", "axes_dim", "grad_ckpt_settings")
-        for least, names in (1, sizes), (0, counts):
-            for name in names:
-                if np.min(getattr(self, name)) < least:
-                    raise ValueError(f"{name} is at least {least}: got {getattr(self, name)}.")
+        widths = ("in_channels", "vec_in_dim", "context_in_dim", "hidden_size")
+        check_least(self, 1, *widths, "num_heads", "theta", "patch_size")
+        check_least(self, 0, "depth", "depth_single_blocks", "axes_dim", "grad_ckpt_settings")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size must be divisible by num_heads: got {self.hidden_size} and {self.num_heads}."

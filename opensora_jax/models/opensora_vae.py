@@ -17,7 +17,7 @@ from jaxtyping import Float, Key
 
 from opensora_jax.models.image_vae import Decoder, Encoder, ImageVAEConfig
 from opensora_jax.models.posterior import FIRST_LOGVAR, Posterior
-from opensora_jax.models.sizes import check_frames, latent_size
+from opensora_jax.models.sizes import check_frames, check_least, check_normaliser, latent_size
 from opensora_jax.models.temporal_vae import TemporalVAE, TemporalVAEConfig
 from opensora_jax.nn.chunks import cut, in_chunks, of_images
 from opensora_jax.nn.compiled import compiled
@@ -40,6 +40,7 @@ class SpatialVAEConfig:
 
     def __post_init__(self):
         """Check what the layers below rely on."""
+        check_least(self, 1, "block_out_channels")
         _ = self.network
 
     @property
@@ -79,10 +80,7 @@ class OpenSoraVAEConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1, or None for all at once: got {value}.")
-        for name in ("shift", "scale"):
-            value, channels = getattr(self, name), self.vae_temporal.embed_dim
-            if isinstance(value, tuple) and len(value) != channels:
-                raise ValueError(f"{name} has one number or {channels}, one a channel: got {len(value)}.")
+        check_normaliser(self, self.vae_temporal.embed_dim, factor="scale", shift="shift")
 
     @property
     def strides(self) -> Triple:

@@ -1,7 +1,9 @@
-"""The sizes that an autoencoder takes, and what its latent measures: the same rules for all of them."""
+"""What networks share: numbers that configs may have, sizes that an autoencoder takes, and what its latent measures."""
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 FAR = 1000  # frames, between which and the next ones that fit nobody looks further
 
@@ -13,6 +15,24 @@ class GivesBack(Protocol):
     def gives_back(self, frames: int) -> bool:
         """Returns whether decoding the latent of so many frames gives all of them."""
         ...
+
+
+def check_least(config: Any, least: int, *names: str) -> None:
+    """Raises: ValueError for a field of a config that is below `least`, or is a list with such a number or none."""
+    for name in names:
+        value = getattr(config, name)
+        if not np.size(value) or np.min(value) < least:
+            raise ValueError(f"{name} is at least {least}: got {value}.")
+
+
+def check_normaliser(config: Any, channels: int, *, factor: str, shift: str) -> None:
+    """Raises: ValueError for what cannot normalise a latent: a factor of 0, or neither one number nor one a channel."""
+    for name in (factor, shift):
+        value = getattr(config, name)
+        if isinstance(value, tuple) and len(value) != channels:
+            raise ValueError(f"{name} has one number or {channels}, one a channel: got {len(value)}.")
+        if not np.isfinite(value).all() or (name == factor and not np.all(value)):
+            raise ValueError(f"{name} is finite{' and not 0' if name == factor else ''}: got {value}.")
 
 
 def latent_size(height: int, width: int, stride: int) -> tuple[int, int]:

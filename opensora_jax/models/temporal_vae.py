@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from opensora_jax.models.posterior import FIRST_LOGVAR
+from opensora_jax.models.sizes import check_least
 from opensora_jax.nn.conv3d import conv_frames, orthogonal_point
 from opensora_jax.nn.norm import GroupNorm
 
@@ -42,6 +43,8 @@ class TemporalVAEConfig:
 
     def __post_init__(self):
         """Check what the layers below rely on."""
+        check_least(self, 1, "in_out_channels", "latent_embed_dim", "embed_dim", "filters", "num_res_blocks")
+        check_least(self, 1, "channel_multipliers", "num_groups")
         if len(self.temporal_downsample) != len(self.channel_multipliers) - 1:
             raise ValueError(
                 f"temporal_downsample has one value less than the {len(self.channel_multipliers)} of "

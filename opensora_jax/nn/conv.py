@@ -57,16 +57,18 @@ def _by_taps(x: Array, kernel: Array, strides: Triple) -> Array:
     """Returns the sum of 2D convolutions, one for each tap of time that any frame sees."""
     middle, *borders = [size // 2 for size in kernel.shape[:3]]
     padded = jnp.pad(x, ((0, 0), (0, 0), *[(size, size) for size in borders], (0, 0)))
-    shifts = [tap - middle for tap in range(len(kernel)) if abs(tap - middle) < x.shape[1]]
-    return reduce(jnp.add, [_tap(padded, kernel[shift + middle], shift, strides) for shift in shifts])
+    taps = [_tap(padded, kernel[tap], tap - middle, strides) for tap in range(len(kernel))]
+    return reduce(jnp.add, [tap for tap in taps if tap is not None])
 
 
-def _tap(x: Array, kernel: Array, shift: int, strides: Triple) -> Array:
-    """Returns what one tap adds: output t sees frame t * step + shift, or nothing."""
+def _tap(x: Array, kernel: Array, shift: int, strides: Triple) -> Array | None:
+    """Returns what one tap adds: output t sees frame t * step + shift, or nothing; None where no output sees one."""
     step, frames = strides[0], x.shape[1]
     count = (frames - 1) // step + 1
     first = max(0, -(shift // step))
     last = min(count - 1, (frames - 1 - shift) // step)
+    if first > last:
+        return None
     seen = x[:, first * step + shift : last * step + shift + 1 : step]
     y = conv_frames(seen, kernel, strides[1:])
     return jnp.pad(y, ((0, 0), (first, count - 1 - last), (0, 0), (0, 0), (0, 0)))

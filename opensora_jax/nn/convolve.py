@@ -117,7 +117,8 @@ def _in_parts(x: Array, kernel: Array, strides: Strides) -> Array:
     run, largest = (_product, LARGEST_PRODUCT) if kernel.shape[2] >= WIDE else (_whole, LARGEST_PART)
     strips = -(-rows // max(1, largest // cost))
     if strips == 1:
-        several = max(n for n in range(1, images + 1) if images % n == 0 and n * rows * cost <= largest)
+        fitting = (n for n in range(1, images + 1) if images % n == 0 and n * rows * cost <= largest)
+        several = max(fitting, default=1)  # a row alone may be too long
         parts = x.reshape(images // several, several, *x.shape[1:])
         return jax.lax.map(lambda part: run(part, kernel, strides), parts).reshape(images, rows, columns, -1)
     each = -(-rows // strips)

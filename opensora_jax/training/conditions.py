@@ -61,9 +61,9 @@ class ConditionMix:
         return drawn_conditions.references(self.weights, latent_frames, self.is_causal)
 
     def draw(self, seed: int, step: int, sample_ids: Int[np.ndarray, "B"], latent_frames: int) -> Int[np.ndarray, "B"]:
-        """Returns each sample's number in NAMES; an image has nothing to show."""
+        """Returns each sample's number in NAMES: an image, or what none fits (see `check`), is text to video."""
         names = self.names(latent_frames)
-        if latent_frames == 1:
+        if latent_frames == 1 or not names:
             return np.full(len(sample_ids), NAMES.index("t2v"), np.int32)
         shares = np.cumsum([self.weights[name] for name in names])
         draws = (mix(seed, STREAM, step, sample_ids.astype(np.uint64)) >> np.uint64(11)) * 2.0**-53 * shares[-1]

@@ -27,6 +27,11 @@ class DropoutRatio:
     t5: float
     clip: float
 
+    def __post_init__(self):
+        """Check that these are probabilities."""
+        if not (0 <= self.t5 <= 1 and 0 <= self.clip <= 1):
+            raise ValueError(f"t5 and clip are probabilities, from 0 to 1: got {self.t5} and {self.clip}.")
+
 
 @dataclass(frozen=True)
 class FlowConfig:
@@ -35,6 +40,11 @@ class FlowConfig:
     time_sampling: Literal["logit_normal", "uniform"]
     stratified: bool
     flow_shift: float | None
+
+    def __post_init__(self):
+        """Check what would put all times in one place."""
+        if self.flow_shift is not None and self.flow_shift <= 0:
+            raise ValueError(f"flow_shift is above 0, or None for that of the size: got {self.flow_shift}.")
 
 
 class NullText(NamedTuple):

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -81,6 +81,7 @@ class Run:
     meta: dict[str, Any]
     settings: dict[str, Any]
     save_frozen: bool = True
+    preemption: Preemption = field(default_factory=Preemption)
 
     def fit(
         self,
@@ -98,7 +99,8 @@ class Run:
         step reads, on the devices. `examples` has the shapes of all these, for which the step is compiled first; `work`
         says how much a step does, and `periodic` is what else looks at the state now and then. A run that was killed
         and started again gives the same losses as one that was not: data, noise and state depend on the step alone. On
-        SIGTERM the state is saved and the process exits with status 0.
+        SIGTERM the state is saved and the process exits with status 0; during the last step it is only noted, in
+        `preemption.told`.
         Raises: UserError when a step does not fit into memory, when too many updates were skipped, and when the disk
         refuses a checkpoint.
         """
@@ -163,7 +165,7 @@ class Run:
         speed = Throughput(self.mesh.size, self.mesh.devices.flat[0].device_kind)
         with (
             open_metrics(self.workdir, start, is_first, wandb=config.wandb, settings=self.settings) as writer,
-            Preemption() as preemption,
+            self.preemption as preemption,
             Profiler(config.profile, self.workdir / "profile") as profiler,
             tqdm(total=stop, initial=start, desc=self.title, unit="step", disable=not is_first) as bar,
         ):
@@ -173,7 +175,7 @@ class Run:
                 profiler.after(number, metrics)
                 speed.add(work(batch), feed.waited())
                 total = metrics[REPLACED] = total + metrics[REPLACED]
-                stopping = preemption.is_due(number)
+                stopping = preemption.is_due()
                 due = [] if stopping else [one for one in periodic if one.is_due(number, stop)]
                 if number % config.log_every == 0 or number == stop or stopping or due:
                     scalars = {name: float(value) for name, value in metrics.items()}  # waits for the device

@@ -41,6 +41,11 @@ class OptimConfig:
             raise ValueError(f"moments_dtype={self.moments_dtype!r} is for cls='adamw' alone: got {self.cls!r}.")
         if self.grad_clip <= 0:
             raise ValueError(f"grad_clip is above 0: got {self.grad_clip}; use inf for no clipping.")
+        for name in ("lr", "eps", "weight_decay", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is at least 0: got {getattr(self, name)}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are from 0 to below 1: got {self.betas}.")
 
 
 @dataclass(frozen=True)

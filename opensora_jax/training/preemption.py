@@ -1,5 +1,6 @@
 """Whether a run is asked to stop: SIGTERM, which schedulers send some time before they take a machine away."""
 
+import itertools
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -8,15 +9,18 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
+_ASKED = itertools.count(1)  # over all runs of a process: JAX stops at a number that no process has come to
+
 
 class Preemption:
     """Listens for SIGTERM while it is entered; a second signal then ends the process at once.
 
-    Of several processes each may be told at another time: JAX lets all of them agree on a step.
+    Of several processes each may be told at another time: JAX lets all of them agree on a step. `told` is whether the
+    run was, also after it is left: what comes after the run should not begin then.
     """
 
     def __init__(self) -> None:
-        self._told = False
+        self.told = False
         self._before: Any = None
 
     def __enter__(self) -> "Preemption":
@@ -28,16 +32,14 @@ class Preemption:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self) -> bool:
         """Returns whether to stop after this step, the same in all processes, which ask at every step."""
-        if jax.process_count() == 1:
-            return self._told
-        told = multihost_utils.reached_preemption_sync_point(step)
-        if told:
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_ASKED)):
+            self.told = True
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would go on to swallow it
-        return told
+        return self.told
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
         logging.warning("asked to stop (signal %d): saving after this step", number)
-        self._told = True
+        self.told = True
         signal.signal(number, self._before)

@@ -117,6 +117,12 @@ def plan_state(
     return nnx.graphdef(model), abstract, make
 
 
+def check_average(ema_decay: float | None) -> None:
+    """Raises: ValueError for a decay that is no share of the average: at 1 it would stay what it was at first."""
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay is from 0 to below 1, or None for no average: got {ema_decay}.")
+
+
 def make_train_step(
     graphdef: nnx.GraphDef, loss: Loss, optimizer: Optimizer, *, ema_decay: float | None, accumulation_steps: int = 1
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:

@@ -147,6 +147,7 @@ def test_a_config_file_that_is_missing_or_fails_is_one_line(command, tmp_path, t
         ("raise PermissionError(errno.EACCES, 'x', 'out/a')", "out/a: permission is denied"),
         ("Path('c.py').mkdir(exist_ok=True)", "c.py: a file has the name that a folder needs"),
         ("Path('c.py/x').mkdir()", "c.py/x: a part of this path is a file"),
+        ("Path('.').write_text('x')", ".: this is a folder, not a file"),
         ("raise ValueError('write: No space left on device')", "out: no space is left on the disk"),
         (
             "raise ValueError('at \"/a b/c\": No space left on device')",

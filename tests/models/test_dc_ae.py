@@ -61,6 +61,8 @@ def test_sizes_the_autoencoder_cannot_take_are_refused_with_the_nearest():
             model.latent_shape(frames, 32, 32)
     with pytest.raises(ValueError, match="got 40x100: use 32x96"):
         model.latent_shape(4, 40, 100)
+    encoded = nnx.eval_shape(lambda model, video: model.encode(video), model, jnp.zeros((1, 4, 64, 64, 3)))
+    assert encoded.shape == (1, 1, 2, 2, 128)  # the last tile of 52 frames, say
     with pytest.raises(ValueError, match="got 6: use 4 or 8"):
         jax.eval_shape(lambda x: model.encode(x), clip(6, 32, 32))
 

@@ -43,7 +43,9 @@ def test_training_leaves_the_module_as_it_was_and_returns_its_next_statistics():
         np.testing.assert_array_equal(value[...], start)
 
 
-@pytest.mark.parametrize(("change", "why"), [({"n_layers": 0}, "1 or more"), ({"dropout": 1.0}, "below 1: got 1.0")])
+@pytest.mark.parametrize(
+    ("change", "why"), [({"n_layers": 0}, "n_layers is at least 1"), ({"dropout": 1.0}, "below 1: got 1.0")]
+)
 def test_impossible_networks_are_refused(change, why):
     with pytest.raises(ValueError, match=why):
         DiscriminatorConfig(**(CONFIG.__dict__ | change))

@@ -71,7 +71,9 @@ def test_a_fresh_posterior_is_narrow_and_its_divergence_is_that_of_its_frames():
     ("change", "message"),
     [
         ({"ch": 48}, "ch is divisible by 32: got 48"),
-        ({"ch_mult": ()}, "ch_mult has a number for each level"),
+        ({"ch_mult": ()}, "ch_mult is at least 1: got "),
+        ({"num_res_blocks": 0}, "num_res_blocks is at least 1: got 0"),
+        ({"scale_factor": 0.0}, "scale_factor is finite and not 0: got 0.0"),
         ({"scale_factor": (1.0, 2.0)}, "scale_factor has one number or 5, one a channel: got 2"),
     ],
 )

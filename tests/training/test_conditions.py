@@ -91,3 +91,8 @@ def test_what_fits_passes():
 def test_a_mix_that_does_not_fit_model_or_data_is_refused(weights, examples, cond_embed, message):
     with pytest.raises(UserError, match=message):
         ConditionMix.parse(weights, True).check(examples, cond_embed=cond_embed)
+
+
+def test_clips_that_are_too_short_for_all_can_be_drawn_for_until_they_are_refused():
+    draws = ConditionMix.parse({"v2v_head": 1.0}, True).draw(0, 0, np.arange(3), 3)
+    assert [NAMES[number] for number in draws] == ["t2v"] * 3

@@ -21,10 +21,12 @@ from opensora_jax.nn.linear import Linear
 from opensora_jax.parallel.batch import abstract_batch
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.training import checkpoint
+from opensora_jax.training import preemption as preemption_module
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.metrics import MetricsWriter, read_metrics
 from opensora_jax.training.optimizer import Optimizer
 from opensora_jax.training.periodic import Periodic, Seen
+from opensora_jax.training.preemption import Preemption
 from opensora_jax.training.profiling import ProfileConfig
 from opensora_jax.training.programs import Assembled
 from opensora_jax.training.state import make_train_step, plan_state
@@ -70,6 +72,7 @@ def train(
     stop_after=None,
     make_batches=batches,
     periodic=(),
+    preemption=None,
     **loop,
 ):
     mesh = make_mesh(MeshConfig(*mesh))
@@ -82,6 +85,7 @@ def train(
             yield batch
 
     run = Run(workdir, "test", 3, mesh, replace(LOOP, num_steps=steps, **loop), meta, {"loop": {"num_steps": steps}})
+    run = run if preemption is None else replace(run, preemption=preemption)
     step = make_train_step(graphdef, Keyed(loss), ADAM, ema_decay=0.9)
     examples = {"all": abstract_batch(next(batches(0, 1)), mesh)}
     return run.fit(Assembled(graphdef, abstract, init, step), some, examples, periodic=periodic)
@@ -221,6 +225,32 @@ def test_sigterm_saves_the_step_and_exits_with_status_0(tmp_path):
     kept = max(int(path.name) for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert kept == 5  # the batch of step 6 was asked for while step 5 ran
     assert_same(train(tmp_path / "cut", 9), train(tmp_path / "whole", 9))
+
+
+def test_sigterm_during_the_last_step_is_noted_for_what_comes_next(tmp_path):
+    def last(start, stop):
+        yield from batches(start, stop)
+        os.kill(os.getpid(), signal.SIGTERM)  # batches are asked for a step ahead
+
+    preemption = Preemption()
+    assert int(train(tmp_path, 4, make_batches=last, preemption=preemption).step) == 4
+    assert preemption.told
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_several_processes_ask_for_numbers_that_grow_over_runs(monkeypatch):
+    """JAX stops at the number after the last one asked for: a stage that counts from 1 again would pass it by."""
+    asked, answers = [], iter([False, False, True])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    ask = lambda number: asked.append(number) or next(answers)  # noqa: E731
+    monkeypatch.setattr(preemption_module.multihost_utils, "reached_preemption_sync_point", ask)
+    for _ in range(2):
+        with Preemption() as first:
+            assert not first.is_due()
+    with Preemption() as second:
+        assert second.is_due()
+    assert second.told
+    assert asked == list(range(asked[0], asked[0] + 3))
 
 
 def test_what_looks_at_the_state_does_so_now_and_then_and_at_the_end(tmp_path):

@@ -142,6 +142,9 @@ def test_random_rounding_keeps_the_mean_and_takes_neighbours_only():
     [
         ({"cls": "muon", "moments_dtype": "bfloat16"}, "moments_dtype='bfloat16' is for cls='adamw' alone"),
         ({"grad_clip": 0.0}, "grad_clip is above 0: got 0.0; use inf"),
+        ({"lr": -1e-3}, "lr is at least 0: got -0.001"),
+        ({"warmup_steps": -1}, "warmup_steps is at least 0: got -1"),
+        ({"betas": (0.9, 1.0)}, "betas are from 0 to below 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, complaint):

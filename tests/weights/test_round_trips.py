@@ -92,6 +92,14 @@ def test_the_command_writes_constants_too_and_refuses_those_of_another_latent(co
     assert_same(tmp_path / "out.safetensors", tensors)
 
 
+def test_a_layout_of_another_network_than_an_mmdit_is_refused(convert, tmp_path):
+    params = nnx.State({"kernel": nnx.Param(jnp.zeros(3))})
+    workdir.write(tmp_path / "vae", params, describe("flux_ae", AUTOENCODERS["flux_ae"]) | {"free": {}})
+    done = convert("export", f"--input={tmp_path}/vae", f"--output={tmp_path}/x.safetensors", "--layout=flux")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "error: --layout is for an MMDiT, which has two: " in done.stderr
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_a_latent_that_the_file_normalises_otherwise_is_refused(tmp_path, dtype):
     file = tmp_path / "in.safetensors"
