@@ -45,7 +45,7 @@ def blocks(golden: Golden) -> None:
 def _blocks(width: int, groups: int, layers: int) -> Mapping[str, Callable[..., nnx.Module]]:
     """Returns what makes each block, called with `dtype` and `rngs`."""
     both, space = (2, 2, 2), (1, 2, 2)
-    middle = ours.HunyuanVAEConfig(3, 3, 1, (width,), 1, groups, 4, 2, True, 1.0, 0.0)
+    middle = ours.HunyuanVAEConfig(3, 3, 1, (width,) * 3, 1, groups, 4, 8, True, 1.0, 0.0)
     return {
         "conv": partial(CausalConv3d, 3, width),
         "conv_k1": partial(CausalConv3d, width, width + groups, 1),
