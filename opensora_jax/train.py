@@ -38,6 +38,7 @@ from opensora_jax.inference.prompt import TextEncoder, TextEncoderConfig, TextEn
 from opensora_jax.inference.stale import refuse_stale
 from opensora_jax.models.codec import Codec
 from opensora_jax.models.mmdit import MMDiTConfig
+from opensora_jax.models.sizes import check_least
 from opensora_jax.nn.lora import LoRAConfig
 from opensora_jax.parallel.distributed import DistributedConfig, connect
 from opensora_jax.parallel.mesh import MeshConfig, check_heads, data_shards, make_mesh
@@ -106,8 +107,7 @@ class TrainConfig:
     def __post_init__(self):
         """Check what no other section knows."""
         check_average(self.ema_decay)
-        if self.accumulation_steps < 1:
-            raise ValueError(f"accumulation_steps is at least 1: got {self.accumulation_steps}.")
+        check_least(self, 1, "accumulation_steps")
 
     @property
     def recipe(self) -> Recipe:

@@ -13,7 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # for the commands that tests start as well
 import jax
 import pytest
 
-from tests.environment import QUICK
+from tests.environment import QUICK, cpu_devices
 
 MAPPINGS = 15_000  # of memory: Linux allows 65,530 in a process, beyond them compiling crashes
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opensora_jax" / "jax-tests"
@@ -33,6 +33,16 @@ def command(tmp_path_factory):
 
     with server(tmp_path_factory.mktemp("commands")) as run:
         yield run
+
+
+@pytest.fixture
+def convert(command):
+    """Returns a function that runs `convert` on so many devices, however it ends."""
+
+    def run(*arguments, devices=1):
+        return command("convert", *arguments, status=None, environment=cpu_devices(devices))
+
+    return run
 
 
 def pytest_addoption(parser):

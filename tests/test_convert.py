@@ -20,22 +20,11 @@ from opensora_jax.weights.files import open_checkpoint, save_safetensors
 from opensora_jax.weights.layouts import to_fused
 from opensora_jax.weights.pretrained import DENOISERS, parse_model
 from opensora_jax.weights.rename import published_shapes
-from tests.environment import cpu_devices
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
 CONFIG = "configs/diffusion/train/demo.py"
 SMALL = [f"--config.model.{field}" for field in ("hidden_size=24", "axes_dim=(2,2,2)", "depth=2")]
-
-
-@pytest.fixture
-def convert(command):
-    """Returns a function that runs the command on so many devices, however it ends."""
-
-    def run(*arguments, devices=1):
-        return command("convert", *arguments, status=None, environment=cpu_devices(devices))
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ import pytest
 
 from opensora_jax.config.flag import load_config
 from opensora_jax.forecast.topology import parse_topology
-from tests.commands import Command
+from tests.commands import ROOT, Command
 from tests.forecast import small as forecast_small
 
-ROOT = Path(__file__).parents[1]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 TRAIN = "--config=configs/diffusion/train/demo.py"
 SMALL = [

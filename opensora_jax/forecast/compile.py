@@ -133,7 +133,7 @@ class _Compiling:
             kept = json.loads(stored.with_suffix(".json").read_text())
             if kept["refusal"]:
                 raise _RefusedError(kept["refusal"])
-            one = Compiled(**(kept["compiled"] | {"name": name, "memory": Memory(**kept["compiled"]["memory"])}))
+            one = replace(Compiled.from_json(kept["compiled"]), name=name)
             one.read(self.texts)
             specs = [PartitionSpec(*(tuple(e) if isinstance(e, list) else e for e in spec)) for spec in kept["results"]]
         except UNREADABLE:

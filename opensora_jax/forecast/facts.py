@@ -44,6 +44,11 @@ class Compiled:
     memory: Memory
     seconds: float  # that compiling took
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Compiled":
+        """Returns the program that was written down."""
+        return cls(**(dict(value) | {"memory": Memory(**value["memory"])}))
+
     def read(self, folder: Path) -> str:
         """Returns its text. Raises: one of UNREADABLE where the file is gone or damaged."""
         text = gzip.decompress((folder / f"{self.text}.hlo.gz").read_bytes()).decode()
@@ -73,8 +78,7 @@ class Facts:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Facts":
         """Returns the facts that were written down."""
-        programs = [Compiled(**(one | {"memory": Memory(**one["memory"])})) for one in value["programs"]]
-        return cls(**(dict(value) | {"programs": programs}))
+        return cls(**(dict(value) | {"programs": [Compiled.from_json(one) for one in value["programs"]]}))
 
 
 def needed_bytes(refusal: str) -> tuple[str, int, int] | None:

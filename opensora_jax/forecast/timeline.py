@@ -148,12 +148,13 @@ class _Walk:
         elif one.opcode == "call" or (one.opcode in ASIDE and not list(fused(self.t.module, one))):
             for name in one.called:
                 self.span.add(self.t._span(name, self.known), 1)
-        elif one.opcode in COLLECTIVES:
-            self._wait(self._send(self._read(one, self.by_name), overlapped=False), "exposed")
-        elif one.opcode.removesuffix("-start") in COLLECTIVES:
-            beside = not self.t.chip.is_gpu  # whose products have no place in the schedule to hide it behind
-            end = self.pending[one.name] = self._send(self._read(one, self.by_name), overlapped=beside)
-            if not beside:
+        elif (kind := one.opcode.removesuffix("-start")) in COLLECTIVES:
+            # The products of GPUs have no place in the schedule to hide a collective behind.
+            beside = one.opcode != kind and not self.t.chip.is_gpu
+            end = self._send(self._read(one, self.by_name), overlapped=beside)
+            if beside:
+                self.pending[one.name] = end
+            else:
                 self._wait(end, "exposed")
         elif one.opcode == "async-update":
             self.pending[one.name] = self.pending.pop(one.operands[0], 0.0)

@@ -18,10 +18,10 @@ class GivesBack(Protocol):
 
 
 def check_least(config: Any, least: int, *names: str) -> None:
-    """Raises: ValueError for a field of a config that is below `least`, or is a list with such a number or none."""
+    """Raises: ValueError for a field of a config that is below `least` or NaN, or a list with such a number or none."""
     for name in names:
         value = getattr(config, name)
-        if not np.size(value) or np.min(value) < least:
+        if not np.size(value) or not np.min(value) >= least:
             raise ValueError(f"{name} is at least {least}: got {value}.")
 
 

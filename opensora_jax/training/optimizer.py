@@ -15,6 +15,7 @@ import optax
 from jax import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
+from opensora_jax.models.sizes import check_least
 from opensora_jax.training.moments import bfloat16_moments
 
 FIRST_RATE = 1e-6  # a linear warmup starts here
@@ -41,9 +42,7 @@ class OptimConfig:
             raise ValueError(f"moments_dtype={self.moments_dtype!r} is for cls='adamw' alone: got {self.cls!r}.")
         if self.grad_clip <= 0:
             raise ValueError(f"grad_clip is above 0: got {self.grad_clip}; use inf for no clipping.")
-        for name in ("lr", "eps", "weight_decay", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is at least 0: got {getattr(self, name)}.")
+        check_least(self, 0, "lr", "eps", "weight_decay", "warmup_steps")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are from 0 to below 1: got {self.betas}.")
 

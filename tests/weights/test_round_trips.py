@@ -71,16 +71,6 @@ def get_config():
 """
 
 
-@pytest.fixture
-def convert(command):
-    """Returns a function that runs the command, however it ends."""
-
-    def run(*arguments):
-        return command("convert", *arguments, status=None)
-
-    return run
-
-
 def test_the_command_writes_constants_too_and_refuses_those_of_another_latent(convert, tmp_path):
     file, config = tmp_path / "in.safetensors", tmp_path / "config.py"
     config.write_text(CONFIG.format(section=SECTIONS["opensora_vae"] | {"from_pretrained": str(file)}))
