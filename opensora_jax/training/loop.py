@@ -180,16 +180,19 @@ class Run:
                 if number % config.log_every == 0 or number == stop or stopping or due:
                     scalars = {name: float(value) for name, value in metrics.items()}  # waits for the device
                     scalars |= speed.lap()
-                    seen = look_at(state, due)
                     with checkpoints.refusals():  # metrics lie on the same disk
-                        writer.write(number, scalars | seen.scalars, programs.bucket(batch), seen.videos)
-                    speed.start()  # looking is no training
+                        writer.write(number, scalars, programs.bucket(batch))
                     bar.set_postfix(_shown(scalars), refresh=False)
                     self._check_skipped(int(state.skipped) - skipped, number)
                 if number % config.ckpt_every == 0 or number == stop or stopping:
                     about = {REPLACED: int(total), "config": self.settings}
                     last = number == stop or stopping
                     checkpoints.save(number, self._kept(state), self.meta | about, last=last)
+                if due:  # the step is being saved meanwhile, and stays whatever becomes of the look
+                    seen = look_at(state, due)
+                    with checkpoints.refusals():
+                        writer.write(number, seen.scalars, videos=seen.videos)
+                    speed.start()  # looking is no training
                 bar.update()
                 if stopping and number < stop:
                     checkpoints.close()

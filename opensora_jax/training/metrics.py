@@ -36,13 +36,14 @@ class MetricsWriter:
         # Without a bound: on a full disk nobody may empty the queue any more, and training would wait for room in it.
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1, max_queue=0)
 
-    def write(self, step: int, scalars: Scalars, bucket: str, videos: Videos = NO_VIDEOS) -> None:
+    def write(self, step: int, scalars: Scalars, bucket: str = "", videos: Videos = NO_VIDEOS) -> None:
         """Writes what a step, numbered from 1, has to tell; without scalars there is no line.
 
         TensorBoard also has a curve of the loss for each bucket, and samples as stills or as GIFs that play.
         """
         if scalars:
-            self._lines.write(json.dumps({"step": step, "bucket": bucket, **scalars}) + "\n")
+            told = {"step": step} | ({"bucket": bucket} if bucket else {}) | scalars
+            self._lines.write(json.dumps(told) + "\n")
             self._lines.flush()
         for name, value in with_bucket(scalars, bucket).items():
             self._board.add_scalar(name, value, step)
@@ -81,7 +82,7 @@ class Writers:
         for writer in reversed(writers):
             self._open.enter_context(writer)
 
-    def write(self, step: int, scalars: Scalars, bucket: str, videos: Videos = NO_VIDEOS) -> None:
+    def write(self, step: int, scalars: Scalars, bucket: str = "", videos: Videos = NO_VIDEOS) -> None:
         """Writes what a step, numbered from 1, has to tell."""
         for writer in self._writers:
             writer.write(step, scalars, bucket, videos)

@@ -62,7 +62,7 @@ class WandbWriter:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def write(self, step: int, scalars: Scalars, bucket: str, videos: Videos = NO_VIDEOS) -> None:
+    def write(self, step: int, scalars: Scalars, bucket: str = "", videos: Videos = NO_VIDEOS) -> None:
         """Writes what a step has to tell; samples come from their files, which `write_samples` made."""
         if self._run is None:
             return
