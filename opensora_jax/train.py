@@ -8,7 +8,7 @@ one after the other, each from the weights of the one before.
 import gc
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -32,7 +32,8 @@ from opensora_jax.data.plan.auto import BucketConfig, auto_lines, filled, with_o
 from opensora_jax.data.plan.digests import digest
 from opensora_jax.data.plan.plan import Plan, Rounds
 from opensora_jax.inference import stage as sampling
-from opensora_jax.inference.encode import EncodeConfig, EncodeJob
+from opensora_jax.inference.encode import EncodeConfig, EncodeJob, text_settings
+from opensora_jax.inference.latents import latent_settings
 from opensora_jax.inference.preview import Preview, PreviewConfig
 from opensora_jax.inference.prompt import TextEncoder, TextEncoderConfig, TextEncoders, Tokenizers, load_encoder
 from opensora_jax.inference.stale import refuse_stale
@@ -59,8 +60,10 @@ from opensora_jax.training.validation import Validation, ValidationConfig
 from opensora_jax.weights.adapter import is_adapter, write_adapter
 from opensora_jax.weights.pretrained import (
     AUTOENCODERS,
+    SOURCE_FIELDS,
     load,
     parse_dtype,
+    parse_measured,
     parse_model,
 )
 from opensora_jax.weights.workdir import Stored, check_same, is_workdir
@@ -291,17 +294,24 @@ def videos(config: TrainConfig, encoders: Encoders, null: NullText, dataset: Cli
     texts = text_encoders(encoders)
     tokenizers = Tokenizers(texts.t5.tokenizer, texts.clip.tokenizer)
     captions = Captions(encode.texts(table, dataset.fps_max), tokenizers)
-    key = digest(json.dumps([config.ae, asdict(config.t5), asdict(config.clip), asdict(encode)], default=str))
     return Feed(
         table,
         dataset.buckets,
         dataset.source(table, captions),
         null,
-        f"encoded while training, {key}",
+        f"encoded while training, {encoding_key(config)}",
         lambda batch: encoders.video.latent_frames(batch["video"]),
         encoders,
         encoders.abstract,
     )
+
+
+def encoding_key(config: TrainConfig) -> str:
+    """Returns what tells the latents and texts of one config from another's; encoders go by the places they are in."""
+    encoders = [{name: config.ae[name] for name in SOURCE_FIELDS if name in config.ae}, config.t5, config.clip]
+    module, fields = parse_measured(config.ae, AUTOENCODERS, "config.ae")
+    settings = latent_settings(module, fields, config.dtype, config.encode, config.dataset)
+    return digest(json.dumps([encoders, settings | text_settings(config.encode)], default=str, sort_keys=True))
 
 
 def text_encoders(encoders: Encoders) -> TextEncoders:

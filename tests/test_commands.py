@@ -444,7 +444,11 @@ def test_training_from_videos_needs_no_cache(world, command, tmp_path):
     flags = train_flags(world, "--config.latents=", f"--config.workdir={tmp_path}/run", "--config.loop.num_steps=4")
     flags += ["--config.validation.every=3", f"--config.validation.data_path={world}/held_out.parquet"]
     flags += ["--config.preview.every=4", "--config.preview.sampling_option.num_steps=2"]
-    command("train", *flags, "--config.condition_config.i2v_head=5.0", "--config.accumulation_steps=2")
+    flags += ["--config.condition_config.i2v_head=5.0", "--config.accumulation_steps=2"]
+    command("train", *flags, "--config.loop.num_steps=3")
+    other = command("train", *flags, "--config.encode.posterior=sample", status=1).stderr
+    assert "encode.posterior" in other
+    command("train", *flags, "--config.encode.batch_size=1")  # where memory is short
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 4]
     lines = [line for line in lines if "loss" in line]

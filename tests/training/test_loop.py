@@ -356,7 +356,7 @@ def test_the_last_checkpoint_has_to_be_saved_even_where_a_run_goes_on(disk, capl
 
 def test_a_metric_that_the_disk_refuses_leaves_the_save_under_way(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, 1)
-    checkpoints.save(6, {"weights": jnp.zeros(3)}, {})  # waits for the removal, in a thread, of what crashes left behind
+    checkpoints.save(6, {"weights": jnp.zeros(3)}, {})  # waits until the thread that tidies up is done
     saving = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
     saving.mkdir()
     with pytest.raises(UserError, match="where the same command continues"), checkpoints.refusals():
