@@ -31,6 +31,7 @@ make_venv() {
     "$python" -m venv .venv >/dev/null 2>&1 || "$python" -m venv --clear --without-pip .venv ||
         fail "$python cannot make a virtual environment in $PWD/.venv" || return 1
     echo "$python" >.venv/made-by
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || pip_install pip
 }
 
 pip_install() {

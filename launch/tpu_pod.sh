@@ -26,7 +26,7 @@ for name in TPU_NAME ZONE PROJECT; do
 done
 [ $# -gt 0 ] || fail "no command given: name a module and its flags, as in opensora_jax.train --config=configs/..."
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-git diff --quiet HEAD -- || echo "note: changes that are not committed stay here" >&2
+[ -z "$(git status --porcelain)" ] || echo "note: changes and new files that are not committed stay here" >&2
 
 workers=(--worker=all "--zone=$ZONE" "--project=$PROJECT")
 archive=${TMPDIR:-/tmp}/opensora_jax-$TPU_NAME.tar.gz

@@ -122,7 +122,7 @@ class TrainConfig:
 def main(argv: list[str]) -> Path | None:
     """Trains as the config says, all of its stages if it has some; returns the last workdir."""
     stages = parse_stages(CONFIG.value)
-    connect(stages[0].config.distributed)
+    connect(stages[0].config.distributed, saves=True)
     for number, stage in enumerate(stages):
         if len(stages) > 1 and stage.is_finished():
             logging.info("%s is finished: on to the next stage", stage.config.workdir)

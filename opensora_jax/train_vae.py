@@ -35,6 +35,7 @@ from opensora_jax.parallel.mesh import MeshConfig, data_shards, make_mesh, one_d
 from opensora_jax.training import reconstruction, vae
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
+from opensora_jax.training.preemption import end_at_once
 from opensora_jax.training.programs import Assembled
 from opensora_jax.training.state import check_average, make_train_step, plan_state
 from opensora_jax.weights.lora import frozen_parameters
@@ -97,7 +98,7 @@ class TrainVAEConfig:
 def main(argv: list[str]) -> Path | None:
     """Trains as the config says, then measures the result; returns the workdir."""
     config = build(TrainVAEConfig, CONFIG.value, "config")
-    connect(config.distributed)
+    connect(config.distributed, saves=True)
     mesh = make_mesh(config.mesh)
     module, model_config = parse_model(config.model, AUTOENCODERS, "config.model")
     dtype, ema = parse_dtype(config.dtype), config.ema_decay is not None
@@ -136,6 +137,7 @@ def main(argv: list[str]) -> Path | None:
         ),
         {name: abstract_batch(batch, mesh) for name, batch in examples.items()},
     )
+    end_at_once()
     if from_first(is_measured(config.workdir, int(state.step))):
         return config.workdir if jax.process_index() == 0 else None
     params = jax.tree.map(to_host, state.averaged_params)  # every process has a part

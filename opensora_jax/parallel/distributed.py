@@ -5,6 +5,7 @@ It has to happen before anything asks JAX for devices.
 
 import json
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from jax.experimental import multihost_utils
 from opensora_jax.config.errors import UserError
 
 # environment variables with the number of processes, as a number or as a list of names
-COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
+COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 DAYS_APART, MINUTES_APART = 30 * 24 * 3600, 300  # seconds from the end of the first process to that of the last
 TPU_DEVICES = ("accel0", "vfio/0")  # below /dev on the machine of a TPU
 
@@ -47,15 +48,16 @@ class DistributedConfig:
             raise ValueError(f"process_id is 0 to num_processes - 1: got {self.process_id} of {self.num_processes}.")
 
 
-def connect(config: DistributedConfig, *, apart: bool = False) -> None:
+def connect(config: DistributedConfig, *, apart: bool = False, saves: bool = False) -> None:
     """Joins the processes of this run. Raises: UserError when they cannot be reached.
 
-    Processes that work `apart` exchange nothing but files: one may end days before another, and SIGTERM ends each at
-    once. Others end together, or JAX ends them five minutes after the first.
+    Processes that work `apart` exchange nothing but files: one may end days before another. Others end together, or JAX
+    ends them five minutes after the first. SIGTERM ends each at once, but where several are to agree on a step that
+    `saves`: then JAX listens.
     """
     if config.coordinator_address is None and not is_one_of_many(os.environ, Path("/dev")):
         return
-    jax.config.update("jax_enable_preemption_service", not apart)
+    jax.config.update("jax_enable_preemption_service", saves)
     try:
         jax.distributed.initialize(
             config.coordinator_address,
@@ -69,6 +71,8 @@ def connect(config: DistributedConfig, *, apart: bool = False) -> None:
             f"the processes of this run did not find each other ({reason}): start the same command on every host, or "
             "give config.distributed.coordinator_address, .num_processes and .process_id"
         ) from error
+    if jax.process_count() == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has nobody to tell, and would swallow it
     logging.info(
         "process %d of %d, %d devices here", jax.process_index(), jax.process_count(), jax.local_device_count()
     )

@@ -29,6 +29,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves preemption to `Preemption`: JAX stops at the step after the last that anybody asked about."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints under `<workdir>/checkpoints`, named by the number of finished steps.
 
@@ -43,7 +50,7 @@ class Checkpoints:
         self._cut_short: set[Path] = set()  # what refused saves had written
         kept: list[Any] = [preservation_policy.LatestN(keep_n_latest)]
         kept += [preservation_policy.EveryNSteps(keep_every)] if keep_every else []
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(kept),

@@ -119,7 +119,10 @@ class Run:
                 elif not self.save_frozen:
                     state = state._replace(frozen=assembled.init().frozen)
                 feed = _Feed(batches, self.mesh, encode)
-                return self._fit(programs, state, saved[REPLACED], feed, checkpoints, work, periodic)
+                with self.preemption:  # until the last step is saved
+                    state = self._fit(programs, state, saved[REPLACED], feed, checkpoints, work, periodic)
+                    checkpoints.close()
+                return state
             finally:
                 checkpoints.close()
 
@@ -165,7 +168,6 @@ class Run:
         speed = Throughput(self.mesh.size, self.mesh.devices.flat[0].device_kind)
         with (
             open_metrics(self.workdir, start, is_first, wandb=config.wandb, settings=self.settings) as writer,
-            self.preemption as preemption,
             Profiler(config.profile, self.workdir / "profile") as profiler,
             tqdm(total=stop, initial=start, desc=self.title, unit="step", disable=not is_first) as bar,
         ):
@@ -175,7 +177,7 @@ class Run:
                 profiler.after(number, metrics)
                 speed.add(work(batch), feed.waited())
                 total = metrics[REPLACED] = total + metrics[REPLACED]
-                stopping = preemption.is_due()
+                stopping = self.preemption.is_due()
                 due = [] if stopping else [one for one in periodic if one.is_due(number, stop)]
                 if number % config.log_every == 0 or number == stop or stopping or due:
                     scalars = {name: float(value) for name, value in metrics.items()}  # waits for the device

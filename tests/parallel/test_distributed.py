@@ -12,8 +12,9 @@ from opensora_jax.parallel.distributed import DistributedConfig, connect, is_one
     ("environment", "expected"),
     [
         ({}, False),
-        ({"SLURM_NTASKS": "1"}, False),
-        ({"SLURM_NTASKS": "4"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # of an allocation in which no step runs
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
@@ -44,13 +45,13 @@ def test_processes_that_are_not_found_are_one_line(monkeypatch):
         connect(DistributedConfig("10.0.0.1:1234", 2, 1))
 
 
-@pytest.mark.parametrize(("apart", "seconds"), [(False, 300), (True, 30 * 24 * 3600)])
-def test_processes_that_work_apart_may_end_long_after_each_other(monkeypatch, apart, seconds):
+@pytest.mark.parametrize(("how", "seconds"), [({}, 300), ({"apart": True}, 30 * 24 * 3600), ({"saves": True}, 300)])
+def test_processes_may_work_apart_and_only_those_that_save_ask_jax_to_listen(monkeypatch, how, seconds):
     before, given = jax.config.jax_enable_preemption_service, {}
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *address, **options: given.update(options))
     try:
-        connect(DistributedConfig("10.0.0.1:1234", 2, 1), apart=apart)
-        assert jax.config.jax_enable_preemption_service is not apart  # which swallows SIGTERM
+        connect(DistributedConfig("10.0.0.1:1234", 2, 1), **how)
+        assert jax.config.jax_enable_preemption_service == how.get("saves", False)  # which swallows SIGTERM
     finally:
         jax.config.update("jax_enable_preemption_service", before)
     assert given == {"shutdown_timeout_seconds": seconds}
