@@ -90,6 +90,22 @@ def from_first(value: Any) -> Any:
     return json.loads(multihost_utils.broadcast_one_to_all(np.resize(text, length)).tobytes())
 
 
+def check_agreed(own: Mapping[str, Any]) -> None:
+    """Raises: UserError in all processes, which call this together, where these values of a run differ between them."""
+    if jax.process_count() == 1:
+        return
+    first = from_first(own)
+    here = json.loads(json.dumps(own))
+    names = sorted(name for name in first.keys() | here.keys() if first.get(name) != here.get(name))
+    others = np.flatnonzero(multihost_utils.process_allgather(np.int32(len(names)))).tolist()
+    if others:
+        what = f" ({', '.join(names)})" if names else ""
+        raise UserError(
+            f"processes {others} were started with other settings or data than process 0{what}: give every host the "
+            "same command, config and tables"
+        )
+
+
 def is_one_of_many(environment: Mapping[str, str], devices: Path) -> bool:
     """Returns whether the surroundings tell of several processes: a cluster's variables, or a TPU's devices."""
     platforms = environment.get("JAX_PLATFORMS", "")

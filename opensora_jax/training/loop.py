@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.files import write_json
 from opensora_jax.parallel.batch import batch_size, prefetch
+from opensora_jax.parallel.distributed import check_agreed
 from opensora_jax.training.checkpoint import Checkpoints
 from opensora_jax.training.metrics import open_metrics
 from opensora_jax.training.periodic import Periodic, look_at
@@ -101,9 +102,12 @@ class Run:
         and started again gives the same losses as one that was not: data, noise and state depend on the step alone. On
         SIGTERM the state is saved and the process exits with status 0; during the last step it is only noted, in
         `preemption.told`.
-        Raises: UserError when a step does not fit into memory, when too many updates were skipped, and when the disk
-        refuses a checkpoint.
+        Raises: UserError when processes have other settings or another plan than the first, when a step does not fit
+        into memory, when too many updates were skipped, and when the disk refuses a checkpoint.
         """
+        check_agreed(
+            flatten(self.meta | {"seed": self.seed, "mesh": dict(self.mesh.shape), "loop": asdict(self.config)})
+        )
         with jax.set_mesh(self.mesh):
             programs = Programs(counting(assembled), self.mesh)
             goes_on = self.config.on_full_disk == "go_on"

@@ -6,6 +6,19 @@ import pytest
 from opensora_jax.config.errors import UserError
 from opensora_jax.parallel import distributed
 from opensora_jax.parallel.distributed import DistributedConfig, connect, is_one_of_many
+from tests.environment import free_port, run_together
+
+AGREED = """
+import sys
+from opensora_jax.config.errors import UserError
+from opensora_jax.parallel.distributed import DistributedConfig, check_agreed, connect
+connect(DistributedConfig(sys.argv[1], 2, int(sys.argv[2])))
+check_agreed({"plan": "a", "sizes": (1, 2)})
+try:
+    check_agreed({"plan": sys.argv[2], "seed": 1})
+except UserError as error:
+    print(error)
+"""
 
 
 @pytest.mark.parametrize(
@@ -61,3 +74,11 @@ def test_alone_nothing_is_asked(monkeypatch):
     monkeypatch.setattr(distributed, "is_one_of_many", lambda *surroundings: False)
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *address, **options: 1 / 0)
     connect(DistributedConfig(None, None, None))
+
+
+def test_processes_that_were_started_with_other_things_all_say_so():
+    address = f"localhost:{free_port()}"
+    ended = run_together(AGREED, [(address, 0), (address, 1)])
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert all("processes [1] were started with other settings or data than process 0" in text for _, text in ended)
+    assert "than process 0 (plan): give every host the same" in ended[1][1]

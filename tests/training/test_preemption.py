@@ -1,15 +1,11 @@
 """SIGTERM in runs of several processes, which JAX listens to; of one process see test_loop.py."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 
-from tests.environment import cpu_devices, free_port
+from tests.environment import free_port, run_together
 
-ROOT = Path(__file__).parents[2]
 STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
@@ -46,22 +42,14 @@ os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
-def start(code: str, *arguments: object) -> subprocess.Popen:
-    environment = os.environ | cpu_devices(1) | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def test_signals_that_come_one_after_the_other_stop_all_processes_with_a_save(tmp_path):
     address = f"localhost:{free_port()}"
-    processes = [start(STOPPED, address, index, tmp_path) for index in range(2)]
-    printed = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
+    ended = run_together(STOPPED, [(address, index, tmp_path) for index in range(2)])
+    assert [status for status, _ in ended] == [0, 0], ended
     assert int(next((tmp_path / "checkpoints").iterdir()).name) > 1005
 
 
 @pytest.mark.parametrize("saves", ["saves", ""])
 def test_one_process_alone_is_ended_where_nothing_listens(saves):
-    process = start(SWALLOWED, f"localhost:{free_port()}", saves)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == -15, printed
+    [(status, printed)] = run_together(SWALLOWED, [(f"localhost:{free_port()}", saves)])
+    assert status == -signal.SIGTERM, printed
