@@ -24,6 +24,7 @@ from opensora_jax.config.command import run
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.files import write_json
 from opensora_jax.config.flag import config_flag, require
+from opensora_jax.config.machine import CORES, MEMORY, compilers_at_once
 from opensora_jax.forecast import report
 from opensora_jax.forecast.compile import compile_job
 from opensora_jax.forecast.estimate import Forecast, forecast
@@ -33,7 +34,7 @@ from opensora_jax.forecast.jobs import Group, Wanted, has_auto, make_groups, mis
 from opensora_jax.forecast.search import candidates
 from opensora_jax.forecast.timeline import Assumptions
 from opensora_jax.forecast.topology import check_compiler, parse_topology
-from opensora_jax.forecast.work import CORES, MEMORY, Failure, Workplace, compilers_at_once, end_with_parent, pending
+from opensora_jax.forecast.work import Failure, Workplace, end_with_parent, pending
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opensora_jax" / "plan"
 GIB = 2**30

@@ -24,12 +24,6 @@ from opensora_jax.forecast.job import Job
 from opensora_jax.forecast.topology import ENVIRONMENT
 
 LOCKS = Path(tempfile.gettempdir()) / f"opensora_jax_plan_{os.getuid()}"
-CORES = 2  # of this machine for a compiler: two at once on two cores take as long as one after the other
-MEMORY = 6 * 2**30  # of this machine for a compiler: those of the 11B model take up to 4 GB
-LIMITS = (  # of a container's memory, by the two kinds of control groups
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
 COMMAND = (sys.executable, "-m", "opensora_jax.plan")
 TICK = 0.5  # seconds between looks at what runs
 SHOWN = 400  # characters of a reason
@@ -161,17 +155,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
-
-
-def compilers_at_once() -> int:
-    """Returns how many compilers this machine, or this container, holds: one for each two cores and each 6 GiB."""
-    return max(1, min((os.cpu_count() or 1) // CORES, _memory_bytes() // MEMORY))
-
-
-def _memory_bytes() -> int:
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    texts = (path.read_text().strip() for path in LIMITS if path.is_file())
-    return min(limits + [int(text) for text in texts if text.isdigit()])
 
 
 def reason_of(status: int | None, log: Path, timeout: float | int) -> str:

@@ -117,7 +117,7 @@ class Run:
                 self._start(checkpoints.latest_step or 0)
                 state, saved = self._restore(checkpoints, assembled.abstract) or (None, {REPLACED: 0})
                 if checkpoints.latest_step != self.config.num_steps:
-                    programs.compile(examples)
+                    self._compile(programs, examples, saved.get("config"))
                 if state is None:
                     state = assembled.init()
                 elif not self.save_frozen:
@@ -128,7 +128,16 @@ class Run:
                     checkpoints.close()
                 return state
             finally:
+                programs.close()
                 checkpoints.close()
+
+    def _compile(self, programs: Programs, examples: Mapping[str, AbstractBatch], saved: Mapping | None) -> None:
+        """Compiles all before the first step, beside it where a run with the same config has found that they fit."""
+        if saved is None or _comparable(saved) != _comparable(self.settings):
+            programs.compile(examples)
+        else:
+            logging.info("%d steps are compiled beside the run, a step at the latest when it is due", len(examples))
+            programs.begin(examples)
 
     def _restore(self, checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Returns the newest state. Raises: UserError for that of another run, with the fields that are others now."""
@@ -136,8 +145,8 @@ class Run:
             return checkpoints.restore(self._kept(abstract), self.meta)
         except UserError as error:
             path = self.workdir / CONFIG_FILE
-            before = flatten(json.loads(path.read_text())) if path.is_file() else {}
-            now = flatten(json.loads(json.dumps(self.settings, default=str)))
+            before = _comparable(json.loads(path.read_text())) if path.is_file() else {}
+            now = _comparable(self.settings)
             names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             if not before or not names:
                 raise
@@ -239,6 +248,14 @@ class _Feed:
         """Returns the seconds since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a config as JSON has them, but for what each process has for itself."""
+    found = json.loads(
+        json.dumps({name: value for name, value in settings.items() if name != "distributed"}, default=str)
+    )
+    return flatten(found)
 
 
 def counting(assembled: Assembled) -> Assembled:

@@ -1,14 +1,15 @@
 """The compiled steps of a run: one for every shape of batch, made before the first step, so that none stalls later.
 
 Compiling tells how much memory a step takes. What does not fit the devices is refused here with its bytes, not hours
-later by the device.
+later by the device. A run that continues knows that all fit: it begins at once, and they are made beside it.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
+from opensora_jax.config.machine import compilers_at_once
 from opensora_jax.parallel.batch import batch_size
 from opensora_jax.training.state import TrainState
 
@@ -80,29 +82,40 @@ def options_of(mesh: Mesh, options: CompilerOptions) -> dict[str, Any]:
 
 
 class Programs:
-    """Calls the step `(state, batch, key) -> (state, metrics)` in the form that was compiled for the batch's shapes."""
+    """Calls the step `(state, batch, key) -> (state, metrics)` in the form that was compiled for the batch's shapes.
+
+    As many compilers run at a time as the machine holds. All processes give them the same work in the same order.
+    """
 
     def __init__(self, assembled: Assembled, mesh: Mesh):
         self.mesh, self._abstract, self._remedies = mesh, assembled.abstract, assembled.remedies
         self._options = options_of(mesh, assembled.options)
         self._step = jit_step(assembled.step, assembled.abstract, self._options)
-        self._compiled: dict[Shapes, tuple[str, Any]] = {}  # the bucket and its program
+        self._pool = ThreadPoolExecutor(compilers_at_once(), thread_name_prefix="compile")
+        self._ahead: dict[Shapes, _Ahead] = {}
+        self._compiled: dict[Shapes, Any] = {}
+
+    def begin(self, examples: Mapping[str, AbstractBatch]) -> None:
+        """Begins to compile for batches of these shapes and shardings, which have a name each, beside what follows."""
+        for name, batch in examples.items():
+            self._ahead[shapes_of(batch)] = _Ahead(name, batch, self._pool.submit(self._compile, name, batch))
 
     def compile(self, examples: Mapping[str, AbstractBatch]) -> list[Program]:
-        """Returns what was compiled for batches of these shapes and shardings, which have a name each.
+        """Returns what was compiled for all of these, once it is.
 
         Raises: UserError when one does not fit into the memory of a device.
         """
-        limit = device_memory(self.mesh)
-        found = []
-        for name, batch in tqdm(examples.items(), desc="compile", unit="bucket"):
-            program, compiled = self._compile(name, batch)
-            self._compiled[shapes_of(batch)] = name, compiled
-            found.append(program)
-        logging.info("%s", describe(found, limit))
-        if limit and any(program.peak_bytes > limit for program in found):
-            too_big = [program for program in found if program.peak_bytes > limit]
-            raise UserError(too_large(too_big, limit, self._remedies))
+        self.begin(examples)
+        ahead = {shapes: self._ahead[shapes].made for shapes in map(shapes_of, examples.values())}
+        try:
+            for made in tqdm(as_completed(ahead.values()), total=len(ahead), desc="compile", unit="bucket"):
+                made.result()
+        finally:
+            self.close()
+        found = [made.result()[0] for made in ahead.values()]
+        logging.info("%s", describe(found, device_memory(self.mesh)))
+        self._check_memory(found)
+        self._compiled |= {shapes: made.result()[1] for shapes, made in ahead.items()}
         return found
 
     def measure(self, name: str, batch: AbstractBatch) -> Program:
@@ -110,22 +123,49 @@ class Programs:
         return self._compile(name, batch)[0]
 
     def __call__(self, state: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        """Returns the next state and the metrics; shapes without a compiled form are compiled now."""
-        _, step = self._compiled.get(shapes_of(batch), ("", self._step))
-        return step(state, batch, key)
+        """Returns the next state and the metrics; what is not compiled yet is now.
+
+        Raises: UserError when a step that was begun ahead does not fit into the memory of a device.
+        """
+        return self._program(shapes_of(batch))(state, batch, key)
 
     def bucket(self, batch: Mapping[str, Any]) -> str:
-        """Returns the name under which a batch of these shapes was compiled, "" for none."""
-        return self._compiled.get(shapes_of(batch), ("", None))[0]
+        """Returns the name under which batches of these shapes are known, "" for none."""
+        shapes = shapes_of(batch)
+        return self._ahead[shapes].name if shapes in self._ahead else ""
 
     def key(self, seed: int) -> jax.Array:
         """Returns the run's random key, on all devices."""
         return jax.device_put(jax.random.key(seed), NamedSharding(self.mesh, PartitionSpec()))
 
+    def close(self) -> None:
+        """Begins nothing more; what is being compiled comes to its end."""
+        for one in self._ahead.values():
+            one.made.cancel()
+
+    def _program(self, shapes: Shapes) -> Any:
+        if shapes not in self._compiled:
+            if shapes not in self._ahead:
+                return self._step
+            name, batch, made = self._ahead[shapes]
+            found, compiled = self._compile(name, batch) if made.cancel() else made.result()
+            self._check_memory([found])
+            self._compiled[shapes] = compiled
+        return self._compiled[shapes]
+
+    def _check_memory(self, found: list[Program]) -> None:
+        limit = device_memory(self.mesh)
+        too_big = [program for program in found if limit and program.peak_bytes > limit]
+        if limit and too_big:
+            raise UserError(too_large(too_big, limit, self._remedies))
+
     def _compile(self, name: str, batch: AbstractBatch) -> tuple[Program, Any]:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
         before = time.perf_counter()
         try:
-            compiled = self._step.lower(self._abstract, batch, self.key(0)).compile()
+            with jax.set_mesh(self.mesh):  # of this thread
+                compiled = self._step.lower(self._abstract, batch, key).compile()
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" in str(error):
@@ -143,6 +183,14 @@ class Programs:
             sum(_bytes_on_a_device(leaf) for leaf in jax.tree.leaves(self._abstract)),
         )
         return program, compiled
+
+
+class _Ahead(NamedTuple):
+    """A program that is made, or will be: the name of its bucket, the shapes, what becomes of it."""
+
+    name: str
+    batch: AbstractBatch
+    made: Future[tuple[Program, Any]]
 
 
 def _bytes_on_a_device(leaf: jax.ShapeDtypeStruct) -> int:

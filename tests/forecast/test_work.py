@@ -223,11 +223,3 @@ def test_plans_wait_for_each_other(sleeper, tmp_path, place, job, kind):
     with ExitStack() as held:
         assert all(is_locked(path, held) for path in paths)
         assert answer(place, job, other_plan_is_ready) == FACTS
-
-
-@pytest.mark.parametrize(("cores", "limit", "most"), [(64, f"{13 * 2**30}\n", 2), (64, "1000", 1), (1, "max", 1)])
-def test_compilers_at_once_follow_cores_and_the_memory_of_a_container(monkeypatch, tmp_path, cores, limit, most):
-    (tmp_path / "memory.max").write_text(limit)
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(work, "LIMITS", (tmp_path / "missing", tmp_path / "memory.max"))
-    assert work.compilers_at_once() == most

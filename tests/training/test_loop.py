@@ -28,7 +28,7 @@ from opensora_jax.training.optimizer import Optimizer
 from opensora_jax.training.periodic import Periodic, Seen
 from opensora_jax.training.preemption import Preemption
 from opensora_jax.training.profiling import ProfileConfig
-from opensora_jax.training.programs import Assembled
+from opensora_jax.training.programs import Assembled, Programs
 from opensora_jax.training.state import make_train_step, plan_state
 from opensora_jax.training.wandb_writer import WandbConfig
 from opensora_jax.weights.workdir import Stored
@@ -109,6 +109,18 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path):
     assert not killed.exists()
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert [line["step"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl")] == list(range(1, 8))
+
+
+def test_a_run_that_continues_begins_before_all_is_compiled(tmp_path, monkeypatch):
+    train(tmp_path / "run", 3)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", 6, stop_after=5)
+    made = []
+    monkeypatch.setattr(Programs, "compile", lambda self, examples: made.append("all") or self.begin(examples))
+    train(tmp_path / "run", 6)
+    assert made == []
+    train(tmp_path / "run", 7)  # with another schedule, perhaps
+    assert made == ["all"]
 
 
 def test_a_checkpoint_holds_the_config_and_the_versions_it_was_made_with(tmp_path, caplog, monkeypatch):

@@ -1,5 +1,7 @@
 """Steps compiled ahead: for every shape of batch, with their memory, and refused where that is too large."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,36 @@ def test_every_shape_has_its_program_and_no_step_compiles(mesh, state):
             state, metrics = made(state, to_devices(batch(length), mesh), made.key(0))
             assert float(metrics["mean"]) == 1
     assert float(state) == 64
+
+
+def test_a_step_that_is_due_does_not_wait_for_those_begun_before_it(mesh, state, monkeypatch):
+    monkeypatch.setattr(programs, "compilers_at_once", lambda: 1)
+    made, asked, begun, end = Programs(assembled(state), mesh), [], threading.Event(), threading.Event()
+
+    def compile_slowly(name, batch):
+        asked.append(name)
+        begun.set()
+        end.wait(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made, "_compile", compile_slowly)
+        made.begin({"first": shapes(3, mesh), "second": shapes(4, mesh), "due": shapes(5, mesh)})
+        assert begun.wait(60)
+    here = to_devices(batch(5), mesh)
+    assert made.bucket(here) == "due"
+    assert float(made(state, here, made.key(0))[1]["mean"]) == 1
+    made.close()
+    end.set()
+    made._pool.shutdown()
+    assert asked == ["first"]
+
+
+def test_a_step_begun_ahead_that_does_not_fit_is_refused_when_it_is_due(mesh, state, monkeypatch):
+    monkeypatch.setattr(programs, "device_memory", lambda mesh: 3000)
+    made = Programs(assembled(state), mesh)
+    made.begin({"long": shapes(500, mesh)})
+    with pytest.raises(UserError, match=r"long needs .* for 8 samples"):
+        made(state, to_devices(batch(500), mesh), made.key(0))
 
 
 def test_a_step_that_does_not_fit_is_refused_with_what_would(mesh, state, monkeypatch):
