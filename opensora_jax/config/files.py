@@ -1,15 +1,20 @@
 """Files that appear complete or not at all: written under another name, which is exchanged when they are whole."""
 
+import errno
 import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
+from absl import logging
+
 from opensora_jax.config.errors import UserError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that know none
 
 
 def unfinished(path: Path) -> Path:
@@ -43,11 +48,23 @@ def only_one(path: Path) -> Iterator[None]:
 
 def is_locked(path: Path, held: ExitStack) -> bool:
     """Returns whether a file could be locked until `held` is closed; False where another process holds it."""
-    file = held.enter_context(path.open("ab"))
+    return lock(held.enter_context(path.open("ab")))
+
+
+def lock(file: IO[bytes]) -> bool:
+    """Returns whether a file could be locked until it is closed; False where another process holds it.
+
+    A file system without locks is told once, and counts as if nobody else were there.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        text = "%s cannot be locked (%s): see to it that no other run writes there"
+        logging.log_first_n(logging.WARNING, text, 1, file.name, error.strerror)
     return True
 
 

@@ -1,7 +1,8 @@
 """Training samples out of clips: decoded frames and, where a tokenizer is given, the tokens of their captions.
 
-What a read gives, or that it fails, depends on sample, bucket and seed alone and not on what was read before. A
-restarted run, or one with another number of hosts, therefore replaces the same clips by the same others.
+What a read gives depends on sample, bucket and seed alone and not on what was read before. So does that it fails, while
+the files stay as they are, the disk answers and ffmpeg is not late twice. A restarted run, or one with another number
+of hosts, then replaces the same clips by the same others.
 """
 
 import threading
@@ -85,6 +86,18 @@ class ClipSource:
         """Returns video [T, H, W, 3], from a start that the seed draws, and the tokens. Raises VideoError."""
         with self._lock:
             self._reads += 1
+        tokens = self.captions.tokens(sample_id) if self.captions else {}
+        return {"video": self._video(sample_id, bucket, seed)} | tokens
+
+    def is_readable(self, sample_id: int, bucket: Bucket, seed: int) -> bool:
+        """Returns whether a clip can be read; neither the read nor a failure counts."""
+        try:
+            self._video(sample_id, bucket, seed)
+        except VideoError:
+            return False
+        return True
+
+    def _video(self, sample_id: int, bucket: Bucket, seed: int) -> Frames:
         info = VideoInfo(**{name: column[sample_id].item() for name, column in self.facts.items()})
         _, interval = target_fps(info.fps, self.fps_max)
         start = frame_start(info.num_frames, bucket.num_frames, interval, seed)
@@ -94,7 +107,7 @@ class ClipSource:
             picks = frame_picks(start, bucket.num_frames, interval, info.num_frames)
             video = self._read_frames(self._clip(sample_id), info, picks, (bucket.height, bucket.width))
             self._cache.put(key, video)
-        return {"video": video} | (self.captions.tokens(sample_id) if self.captions else {})
+        return video
 
     def refuse(self, sample_id: int, error: VideoError) -> None:
         """Counts a bad read and logs a clip's first. Raises UserError above max_bad_rate."""

@@ -1,11 +1,13 @@
 """Clips to the latents of a cache (data/cache/latents.py): the loop behind `dataset encode` and `vae encode`.
 
 Each process takes every count-th shard and tells the others nothing; who finds all shards there says that the cache is
-complete. A killed run is continued at the shard it was at.
+complete. A killed run is continued at the shard it was at, and shards that lack clips which can be read now are made
+again.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
 from typing import Any, Literal
@@ -18,12 +20,12 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
-from opensora_jax.data.cache.array_shards import ArrayShards
+from opensora_jax.data.cache.array_shards import ArrayShards, ShardInfo
 from opensora_jax.data.cache.cache_key import Identity, buckets_digest, clips_digest
 from opensora_jax.data.cache.latent_writer import LatentWriter
 from opensora_jax.data.cache.latents import NO_TEXT, LatentCache
 from opensora_jax.data.clip_source import ClipSource
-from opensora_jax.data.clips import ClipDataset, read_batches
+from opensora_jax.data.clips import READ_THREADS, ClipDataset, read_batches
 from opensora_jax.data.media.video import VideoError
 from opensora_jax.data.plan.buckets import Bucket
 from opensora_jax.models.codec import Codec
@@ -34,6 +36,7 @@ Rows = Sequence[tuple[Bucket, int]]
 Host = tuple[int, int]  # index and count of the processes that share the work
 
 WITHOUT_EFFECT = ("data_path", "spatial_unit", "cache_bytes", "max_bad_rate")  # fields of ClipDataset: not on a clip
+NOT_FINITE = "its latent is NaN or infinite"  # so it will be again
 REASONS_SHOWN, PATHS_SHOWN = 5, 3
 
 
@@ -131,8 +134,9 @@ def missing(shards: ArrayShards, host: Host) -> tuple[list[int], int]:
 def write_latents(writer: LatentWriter, work: ClipWork, host: Host) -> int:
     """Writes the latents of the shards that are left for this host; returns the number of shards.
 
-    Raises: UserError when too many clips cannot be read.
+    Left are also those that lack a clip which can be read now. Raises: UserError when too many clips cannot be read.
     """
+    _reopen_mended(writer.latents, work, host)
     todo, done = missing(writer.latents, host)
     parts = [work.rows[writer.latents.part(shard)] for shard in todo]
     with tqdm(total=done + sum(map(len, parts)), initial=done, desc="encode clips", unit="clip") as bar:
@@ -160,6 +164,25 @@ def finish(writer: LatentWriter, new_shards: int) -> LatentCache | None:
     return cache
 
 
+def _reopen_mended(shards: ArrayShards, work: ClipWork, host: Host) -> None:
+    """Makes those shards of a host unfinished that lack a clip which can be read now: a disk may be back."""
+    finished = [(i, found) for i, found in enumerate(shards.info()) if found and i % host[1] == host[0]]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        mended = pool.map(lambda pair: _is_mended(work, work.rows[shards.part(pair[0])], pair[1]), finished)
+        for (shard, _), again in zip(finished, mended, strict=True):
+            if again:
+                shards.reopen(shard)
+
+
+def _is_mended(work: ClipWork, rows: Rows, found: ShardInfo) -> bool:
+    """Returns whether a clip that a shard of these rows lacks can be read now, in all its buckets."""
+    for path in {path for path, reason in found.notes.get("left_out", []) if reason != NOT_FINITE}:
+        uses = [(row, bucket) for bucket, row in rows if str(work.source.paths[row]) == path]
+        if all(work.source.is_readable(row, bucket, 0) for row, bucket in uses):
+            return True
+    return False
+
+
 def _write_shard(writer: LatentWriter, shard: int, rows: Rows, work: ClipWork, bar: tqdm) -> None:
     left = Counter(row for _, row in rows)
     with writer.writing_latents(shard) as file:
@@ -168,7 +191,7 @@ def _write_shard(writer: LatentWriter, shard: int, rows: Rows, work: ClipWork, b
             for i, row in enumerate(ids):
                 path, found = str(work.source.paths[row]), {name: values[i] for name, values in arrays.items()}
                 if not all(np.isfinite(array).all() for array in found.values()):
-                    work.source.refuse(row, VideoError("its latent is NaN or infinite"))
+                    work.source.refuse(row, VideoError(NOT_FINITE))
                     continue
                 text_id = NO_TEXT if work.text_of_row is None else int(work.text_of_row[row])
                 fps = work.source.facts["fps"][row].item()

@@ -70,6 +70,12 @@ def test_bad_clips_are_counted_with_their_reason(decoder):
     assert 0 not in seen
 
 
+def test_asking_whether_a_clip_can_be_read_counts_nowhere(decoder):
+    source = clip_source(clip_table(paths=["x0.mp4", "1.mp4"], frames=(9, 9)))
+    assert [source.is_readable(row, BUCKET, 0) for row in (0, 1)] == [False, True]
+    assert (source.bad_clips, source._reads) == ({}, 0)
+
+
 def test_too_many_bad_clips_end_the_run(decoder):
     table = clip_table(paths=[f"{'x' if i % 2 else ''}{i}.mp4" for i in range(COUNT)])
     with pytest.raises(UserError, match=r"more than max_bad_rate = 0\.25; last: x\d+\.mp4 \(damaged\)"):

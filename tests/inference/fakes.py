@@ -71,12 +71,12 @@ class Clips(ClipSource):
         super().__init__(table, read_scaled, fps_max=24, cache_bytes=0, max_bad_rate=max_bad_rate)
         self.broken, self.seconds, self.asked = broken, seconds, []
 
-    def read(self, sample_id, bucket, seed):
+    def _video(self, sample_id, bucket, seed):
         time.sleep(self.seconds)
         self.asked.append(sample_id)
         if sample_id in self.broken:
             raise VideoError(f"broken in {sample_id % 2} places")
-        return {"video": clip_of(sample_id, bucket)}
+        return clip_of(sample_id, bucket)
 
 
 BUCKETS = Bucket("8px", "1:1", 5, 8, 8, 1), Bucket("8px", "3:2", 1, 12, 8, 1)

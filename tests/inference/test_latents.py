@@ -15,6 +15,7 @@ from opensora_jax.data.cache.cache_key import Identity
 from opensora_jax.data.cache.latent_writer import LatentWriter
 from opensora_jax.data.cache.latents import CacheInfo, LatentCache
 from opensora_jax.data.clips import ClipDataset
+from opensora_jax.data.media.video import VideoError
 from opensora_jax.data.plan.buckets import Bucket
 from opensora_jax.inference.latents import (
     LatentConfig,
@@ -150,7 +151,7 @@ def test_what_is_left_counts_the_clips_of_this_process(tmp_path):
     assert missing(writer.latents, (1, 2)) == ([], 11)
 
 
-def test_clips_that_cannot_be_read_are_left_out_and_told_by_reason(tmp_path, capsys):
+def test_clips_that_cannot_be_read_are_left_out_and_told_by_reason_until_they_can(whole, tmp_path, capsys):
     cache = encode(tmp_path, broken=(2, 4, 5, 6, 7, 9))  # one whole shard among them
     assert cache.index["sample_id"].to_pylist() == [row for row in range(COUNT) if row not in (2, 4, 5, 6, 7, 9)]
     assert cache.read_latent(2).shape == cache.read_latent(3).shape
@@ -160,8 +161,50 @@ def test_clips_that_cannot_be_read_are_left_out_and_told_by_reason(tmp_path, cap
         "  left out: 3 of the clips: broken in 0 places (/clips/2.mp4, /clips/4.mp4, /clips/6.mp4)",
         "  left out: 3 of the clips: broken in 1 places (/clips/5.mp4, /clips/7.mp4, /clips/9.mp4)",
     ]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("latents-*")}
+    encode(tmp_path, broken=(2, 4, 5, 6, 7, 9))
+    again = capsys.readouterr().out.splitlines()
+    assert again[0].endswith("17 latents in 6 shards, 0 of them new")
+    assert again[1:] == lines[1:]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    encode(tmp_path, broken=(2, 4, 5, 6))
+    again = capsys.readouterr().out.splitlines()
+    assert again[0].endswith("19 latents in 6 shards, 2 of them new")
+    assert again[1].endswith("left out: 3 of the clips: broken in 0 places (/clips/2.mp4, /clips/4.mp4, /clips/6.mp4)")
     encode(tmp_path)
-    assert capsys.readouterr().out.splitlines()[1:] == lines[1:]  # a second run still tells
+    assert files(tmp_path) == files(whole)
+
+
+def test_a_disk_that_goes_away_ends_the_run_and_the_next_one_has_all_clips(whole, tmp_path):
+    with pytest.raises(UserError, match=r"more than max_bad_rate = 0\.05"):
+        encode(tmp_path, broken=range(6, 23), max_bad_rate=0.05)
+    kept = LatentWriter(tmp_path, clip_work(tmp_path)[0].info).latents.info()
+    assert kept[1].notes["left_out"] == [[f"/clips/{row}.mp4", f"broken in {row % 2} places"] for row in (6, 7)]
+    encode(tmp_path)
+    assert files(tmp_path) == files(whole)
+
+
+def test_another_process_makes_its_own_shards_again(tmp_path):
+    encode(tmp_path, broken=(2, 6, 9))
+    writer, work = clip_work(tmp_path)
+    assert write_latents(writer, work, (1, 2)) == 1
+    assert LatentCache(tmp_path).left_out == [(f"/clips/{row}.mp4", f"broken in {row % 2} places") for row in (2, 9)]
+
+
+def test_a_clip_with_a_use_that_is_still_bad_is_left_out_as_before(tmp_path):
+    _, work = clip_work(tmp_path)
+    rows = [(BUCKETS[0], 3), (BUCKETS[1], 3), (BUCKETS[0], 5)]
+    writer = LatentWriter(tmp_path, CacheInfo("dataset encode", Identity({}, {}), "float32", 3, 3, 0, 1))
+    writer.start()
+    read = work.source._video
+
+    def short(row, bucket, seed):
+        if row == 3 and bucket == BUCKETS[0]:
+            raise VideoError("too short")
+        return read(row, bucket, seed)
+
+    work.source._video = short
+    assert [write_latents(writer, replace(work, rows=rows), ALONE) for _ in range(2)] == [1, 0]
 
 
 def test_a_clip_may_stand_in_several_buckets(tmp_path):
@@ -197,6 +240,7 @@ def test_no_clip_at_all_is_an_error_with_the_reasons(tmp_path):
 def test_a_latent_that_is_no_number_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(Autoencoder, "encode", lambda self, video, keys: video[:, ::4, ::4, ::4] / (video.shape[1] - 1))
     cache = encode(tmp_path)
+    assert write_latents(*clip_work(tmp_path), ALONE) == 0  # their frames can be read, which helps nothing
     assert cache.index["sample_id"].to_pylist() == list(range(14))  # the images are divided by zero
     assert cache.left_out == [(f"/clips/{row}.mp4", "its latent is NaN or infinite") for row in range(14, COUNT)]
 

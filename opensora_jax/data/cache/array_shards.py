@@ -83,6 +83,10 @@ class ArrayShards:
         finally:
             records.give_up()
 
+    def reopen(self, shard: int) -> None:
+        """Makes a shard unfinished."""
+        self.index_path(shard).unlink(missing_ok=True)
+
     def _info(self, shard: int) -> ShardInfo | None:
         try:
             found = json.loads(pq.read_metadata(self.index_path(shard)).metadata[ABOUT])

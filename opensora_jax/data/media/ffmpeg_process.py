@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from opensora_jax.config.errors import UserError
 
 TIMEOUT_SECONDS = 120
+TIMEOUTS = 2  # runs that may take as long: one alone can be the fault of a busy machine
 ATTEMPTS = 3  # of a run that a signal ended
 
 
@@ -33,26 +35,31 @@ def source(path: str | Path, **options: Any) -> Any:
 def run(graph: Any, loglevel: str, frames: np.ndarray | None = None) -> tuple[int, bytes, str]:
     """Returns (exit status, standard output, log); the log's lines carry their level in brackets.
 
-    A scheduler that stops a job may send its signal to ffmpeg as well: then it runs once more, so that a clip is not
-    taken for a bad one because of when it was read.
+    A scheduler that stops a job may send its signal to ffmpeg as well, and a busy machine may let it wait: then it runs
+    once more, so that a clip is not taken for a bad one because of when it was read. Raises VideoError if it takes over
+    TIMEOUT_SECONDS again.
     """
     graph = graph.global_args("-nostdin", "-hide_banner", "-nostats", "-loglevel", f"level+{loglevel}")
     pipes = {"pipe_stdin": frames is not None, "pipe_stdout": True, "pipe_stderr": True}
     data = None if frames is None else np.ascontiguousarray(frames).data.cast("B")
     for _ in range(ATTEMPTS):
-        status, out, log = _run_once(graph, pipes, data)
+        status, out, log = _run_in_time(graph, pipes, data)
         if status >= 0 and status != 255:  # what ffmpeg ends with after a signal that it handles
             break
     return status, out, log.decode("utf-8", "replace")
+
+
+def _run_in_time(graph: Any, pipes: dict[str, bool], data: memoryview | None) -> tuple[int, bytes, bytes]:
+    for _ in range(TIMEOUTS):
+        with suppress(subprocess.TimeoutExpired):
+            return _run_once(graph, pipes, data)
+    raise VideoError(f"ffmpeg took longer than {TIMEOUT_SECONDS} s, {TIMEOUTS} times")
 
 
 def _run_once(graph: Any, pipes: dict[str, bool], data: memoryview | None) -> tuple[int, bytes, bytes]:
     with ffmpeg.run_async(graph, binary(), overwrite_output=True, **pipes) as process:
         try:
             out, log = process.communicate(data, timeout=TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise VideoError(f"ffmpeg took longer than {TIMEOUT_SECONDS} s") from None
         except BaseException:
             process.kill()
             raise

@@ -21,6 +21,7 @@ from opensora_jax.data.media.ffmpeg_process import VideoError, reason, run, sour
 SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # bicubic widens when shrinking: antialiased
 PILLOWS_KERNEL = {"param0": 0, "param1": 0.5}  # of the bicubic family; ffmpeg's own choice sharpens more
 JITTER_FRAMES = 0.25  # a frame further than this from the uniform grid makes a file variable-rate
+MILLISECOND = 1e-3  # what many containers round times to
 SHAPE_SLACK = 0.1  # of the aspect ratio: containers can cut some pixels off, a missed rotation is further away
 WRONG_SHAPE = "Invalid too big or non positive size"  # ffmpeg's words when its crop filter is given -1
 SEEK_LEAD = 0.4  # frames: less than half, which rounds either way where a container counts time in frames (AVI),
@@ -60,7 +61,7 @@ def probe(clip: Clip, *, fps: float | int | None = None) -> VideoInfo:
     """
     if isinstance(clip, Stills):
         return _probe_stills(clip, fps)
-    _check(clip)
+    check_file(clip)
     with as_file(clip) as path:
         return _probe_file(path)
 
@@ -89,7 +90,7 @@ def read_frames(
     if isinstance(clip, Stills):
         clip, picks = clip.joined(picks.tolist()), np.arange(len(picks))
     size = size or (info.height, info.width)
-    _check(clip)
+    check_file(clip)
     with as_file(clip) as path:
         return _read_file(path, _Wanted(info, picks, size, crop or (0, 0, *size)))
 
@@ -225,10 +226,26 @@ def _parse_packets(listing: str, log: str) -> VideoInfo:
         return VideoInfo(1, height, width, float("nan"), False, rotation)
     if NO_TIME in times or ticks[-1] == ticks[0]:  # some AVI and MPEG program streams
         raise VideoError("not all frames carry times: convert the file, to .mp4 for example")
-    fps = (len(ticks) - 1) / float((ticks[-1] - ticks[0]) * Fraction(header["tb"]))
+    fps = _rate(ticks, Fraction(header["tb"]))
     grid = np.linspace(ticks[0], ticks[-1], len(ticks))
     jitter = np.abs(ticks - grid).max() * (len(ticks) - 1) / (ticks[-1] - ticks[0])
     return VideoInfo(len(ticks), height, width, fps, bool(jitter > JITTER_FRAMES), rotation)
+
+
+def _rate(ticks: Int[np.ndarray, " N"], tick: Fraction) -> float:
+    """Returns frames per second: whole ones, or N * 1000 / 1001, where rounded times can mean these.
+
+    Containers round times to their tick, and MKV, WebM, FLV and what was made of them to 1 ms: 24 fps seem to be 24.002
+    there. Times of even distance are exact.
+    """
+    times = (ticks - ticks[0]) * float(tick)
+    fps = (len(ticks) - 1) / float((ticks[-1] - ticks[0]) * tick)
+    rounding = max(float(tick), MILLISECOND)
+    if not np.ptp(np.diff(ticks)) or rounding * fps > JITTER_FRAMES:
+        return fps
+    near = [rate for rate in (round(fps), round(fps * 1.001) * 1000 / 1001) if rate]
+    meant = [rate for rate in near if abs((len(ticks) - 1) / rate - times[-1]) <= rounding]
+    return float(min(meant, key=lambda rate: np.ptp(times - np.arange(len(ticks)) / rate), default=fps))
 
 
 def _probe_stills(stills: Stills, fps: float | int | None) -> VideoInfo:
@@ -252,7 +269,7 @@ def _decoded(path: str, info: VideoInfo) -> VideoInfo:
     return replace(info, height=int(size[2]), width=int(size[1]))
 
 
-def _check(clip: str | Path | bytes) -> None:
+def check_file(clip: str | Path | bytes) -> None:
     """Raises VideoError unless there is a file, or bytes, with something in it."""
     if isinstance(clip, bytes):
         size = len(clip)
@@ -261,8 +278,10 @@ def _check(clip: str | Path | bytes) -> None:
     else:
         try:
             found = os.stat(clip)
-        except (OSError, ValueError):  # ValueError: a zero byte in the name
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the name
             raise VideoError("no such file") from None
+        except OSError as error:
+            raise VideoError(f"cannot be opened: {error.strerror}") from None
         if not stat.S_ISREG(found.st_mode):
             raise VideoError("not a file")
         size = found.st_size

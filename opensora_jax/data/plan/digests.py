@@ -6,6 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Bool
+
+from opensora_jax.data.plan.fit import is_ok
 
 BLOCK = 1 << 18  # rows
 
@@ -20,19 +23,21 @@ class Part(NamedTuple):
 def clip_names(table: pa.Table) -> list[Part]:
     """Returns the columns that say which clips the rows are: their files, and of clips in shards their names there.
 
-    Files count from the folder that all of them lie in, so that a folder of data may be moved.
+    Files count from the folder that all of them lie in, so that a folder of data may be moved. Bad rows do not decide
+    where that is, and have no name if they lie elsewhere.
     """
     path = pc.cast(table["path"], pa.large_string())
+    ok = is_ok(table["status"]) if "status" in table.column_names else np.ones(len(table), bool)
     if "shard" not in table.column_names:
-        return [Part(path, _common_folder(path))]
+        return [_from_common_folder(path, ok)]
     shard = pc.cast(table["shard"], pa.large_string())
     in_shard = pc.fill_null(pc.not_equal(shard, ""), False)
     if not pc.any(in_shard).as_py():
-        return [Part(path, _common_folder(path))]
+        return [_from_common_folder(path, ok)]
     files, names = shard, path
     if not pc.all(in_shard).as_py():
         files, names = pc.if_else(in_shard, shard, path), pc.if_else(in_shard, path, "")
-    return [Part(files, _common_folder(files)), Part(names)]
+    return [_from_common_folder(files, ok), Part(names)]
 
 
 def column_digest(column: pa.Array | pa.ChunkedArray, skip: int = 0) -> str:
@@ -77,11 +82,20 @@ def _add_numbers(block: pa.Array, values: "hashlib._Hash") -> None:
     values.update(numbers.astype(numbers.dtype.newbyteorder("<")).tobytes())
 
 
-def _common_folder(paths: pa.ChunkedArray) -> int:
-    """Returns the characters of the folder above all paths, with its slash.
+def _from_common_folder(paths: pa.ChunkedArray, ok: Bool[np.ndarray, " N"]) -> Part:
+    """Returns paths from the folder of the ok ones on; of the others those that lie elsewhere are null."""
+    if ok.all():
+        return Part(paths, len(_common_folder(paths)))
+    folder = _common_folder(paths.filter(pa.array(ok)))
+    named = pc.or_kleene(pa.array(ok), pc.starts_with(paths, folder))
+    return Part(pc.if_else(named, paths, None), len(folder))
+
+
+def _common_folder(paths: pa.ChunkedArray) -> str:
+    """Returns the folder above all paths, with its slash.
 
     What the first and the last in order share, all share.
     """
     first, last = (value or "" for value in pc.min_max(paths).as_py().values())
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first.rfind("/", 0, same) + 1
+    return first[: first.rfind("/", 0, same) + 1]

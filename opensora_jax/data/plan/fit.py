@@ -67,11 +67,12 @@ def read_rows(table: Table, part: slice, fps_max: float | int) -> Rows:
     names = table.column_names if isinstance(table, pa.Table) else table
     frames, height, width = (np.asarray(table[name][part], np.int64) for name in ("num_frames", "height", "width"))
     interval = frame_intervals(np.asarray(table["fps"][part], np.float64), fps_max)
-    ok = _is_ok(table["status"][part]) if "status" in names else np.ones(len(frames), bool)
+    ok = is_ok(table["status"][part]) if "status" in names else np.ones(len(frames), bool)
     return Rows(frames // interval, interval, height, width, height * width, ok)
 
 
-def _is_ok(status: pa.ChunkedArray | np.ndarray) -> Bool[np.ndarray, " N"]:
+def is_ok(status: pa.ChunkedArray | np.ndarray) -> Bool[np.ndarray, " N"]:
+    """Returns which values of a status are those of usable rows."""
     if isinstance(status, np.ndarray):
         return status == "ok"
     return np.asarray(pc.fill_null(pc.equal(status.cast(pa.string()), "ok"), False))

@@ -50,7 +50,7 @@ class Plan:
     several times); so is a line of bucket_config that no sample reaches, unless it is "drop" or `allow_empty`.
 
     `hash` tells another plan: it covers all buckets, seed, data shards, small_buckets, and of every row its
-    bucket and its clip, named from the folder of all clips on (which may be moved), in their order.
+    bucket and its clip, named from the folder of all usable clips on (which may be moved), in their order.
     """
 
     def __init__(

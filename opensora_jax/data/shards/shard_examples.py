@@ -13,7 +13,7 @@ from jaxtyping import Int
 from opensora_jax.config.errors import UserError
 from opensora_jax.data.cache.cache_key import clips_digest
 from opensora_jax.data.media.clip_bytes import Stills
-from opensora_jax.data.media.video import VideoError
+from opensora_jax.data.media.video import VideoError, check_file
 from opensora_jax.data.media.video_writer import mux_stills
 from opensora_jax.data.plan.digests import column_digest, digest
 from opensora_jax.data.shards.shards import CLIP, ShardReader
@@ -69,7 +69,7 @@ class TableClips:
         """Returns the clip. Raises: VideoError if it cannot be read or is another one than when it was probed."""
         stamp = file_stamp(shard or path)
         if stamp == (0, 0):
-            raise VideoError("no such file")
+            check_file(shard or path)
         if stamp[1] != size_bytes or (not shard and mtime_ns not in (0, stamp[0])):
             raise VideoError(CHANGED)
         if shard:

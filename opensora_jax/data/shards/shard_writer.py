@@ -165,7 +165,7 @@ def _placed(
         shard[rows], record[rows] = number, np.arange(len(rows))
     placed = shard >= 0
     new = {
-        "shard": pa.array([path.name for path in paths]).take(pa.array(np.maximum(shard, 0))),
+        "shard": records.take(pa.chunked_array([[path.name for path in paths]]), np.maximum(shard, 0)),
         "record": pa.array(record),
         "mtime_ns": pa.array(stamps[shard, 0]),
         "size_bytes": pa.array(stamps[shard, 1]),

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from opensora_jax.config.errors import UserError
 from opensora_jax.data.media.ffmpeg_process import VideoError
-from opensora_jax.data.media.video import probe
+from opensora_jax.data.media.video import check_file, probe
 from opensora_jax.data.shards.shards import ShardReader
 
 Row = dict[str, Any]
@@ -48,9 +48,9 @@ def describe(path: str, shard: str = "", record: int = 0, *, fps: float | int | 
     """
     row = {"path": path, "shard": shard, "record": record} | NOTHING
     row["mtime_ns"], row["size_bytes"] = file_stamp(shard or path)
-    if shard and row["size_bytes"] == 0:
-        return row | {"reason": "no such file"}
     try:
+        if shard:
+            check_file(shard)
         clip, row["text"] = SHARDS.read_with_text(shard, record) if shard else (_file(path), "")
         info = probe(clip, fps=fps)
     except VideoError as error:

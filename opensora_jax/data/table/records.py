@@ -180,8 +180,8 @@ def map_shards(table: pa.Table, change: Callable[[str], str]) -> pa.Table:
     if "shard" not in table.column_names:
         return table
     encoded = numbered(table["shard"])
-    names = pa.array([change(name) if name else name for name in encoded.dictionary.to_pylist()], pa.string())
-    return with_column(table, "shard", names.take(encoded.indices))
+    names = [change(name) if name else name for name in encoded.dictionary.to_pylist()]
+    return with_column(table, "shard", take(pa.chunked_array([pa.array(names, pa.string())]), encoded.indices))
 
 
 def _relative(shard: str, folder: str) -> str:

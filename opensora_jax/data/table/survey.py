@@ -4,7 +4,6 @@ What is found goes line by line, as JSON, into `NAME.partial` beside the table. 
 from the rows of earlier runs whose files have not changed, so that memory holds columns and never millions of rows.
 """
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -19,6 +18,7 @@ import pyarrow.json
 from tqdm import tqdm
 
 from opensora_jax.config.errors import UserError
+from opensora_jax.config.files import lock
 from opensora_jax.data.table import records
 from opensora_jax.data.table.probing import Row, file_stamp
 from opensora_jax.data.table.sources import KEY, VIDEO_SUFFIXES, keys
@@ -84,11 +84,9 @@ class _Partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.file = path.open("a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system unlocks what is killed
-        except BlockingIOError:
+        if not lock(self.file):  # the system unlocks what is killed
             self.file.close()
-            raise UserError(f"Another run holds {path}: wait for it, or choose another --output.") from None
+            raise UserError(f"Another run holds {path}: wait for it, or choose another --output.")
         self.file.truncate(self._whole_lines())
 
     def __enter__(self) -> "_Partial":

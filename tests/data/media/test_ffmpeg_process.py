@@ -6,6 +6,7 @@ import subprocess
 import ffmpeg
 import pytest
 
+from opensora_jax.data.media import ffmpeg_process
 from opensora_jax.data.media.ffmpeg_process import binary, run
 
 
@@ -35,6 +36,19 @@ def test_a_run_that_a_signal_ends_is_made_again(fake, end):
     runs = fake(end)
     status, out, _ = run(GRAPH, "error")
     assert (status, len(out), runs()) == (0, 4 * 2 * 3, 2)
+
+
+def test_a_run_that_is_late_once_is_made_again(monkeypatch):
+    run_once, late = ffmpeg_process._run_once, [subprocess.TimeoutExpired("ffmpeg", 120)]
+
+    def first_late(*arguments):
+        if late:
+            raise late.pop()
+        return run_once(*arguments)
+
+    monkeypatch.setattr(ffmpeg_process, "_run_once", first_late)
+    status, out, _ = run(GRAPH, "error")
+    assert (status, len(out), late) == (0, 4 * 2 * 3, [])
 
 
 def test_a_failure_is_not_tried_again(fake):

@@ -1,5 +1,6 @@
 import os
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,38 @@ def test_probing_finds_what_was_written(clip):
     assert (info.num_frames, info.height, info.width, info.rotation) == (FRAMES, 34, 46, 0)
     assert info.fps == pytest.approx(30000 / 1001, rel=1e-5)
     assert not info.variable_fps
+
+
+@pytest.mark.parametrize("name", ["clip.mkv", "clip.flv", "remuxed.mp4"])
+@pytest.mark.parametrize("rate", ["24", "48", "24000/1001", "30000/1001"])
+def test_a_rate_of_times_in_whole_milliseconds_is_the_one_that_was_meant(tmp_path, name, rate):
+    source = tmp_path / name.replace("remuxed.mp4", "clip.mkv")
+    ffmpeg("-f", "lavfi", "-i", f"color=red:size=46x34:rate={rate}", "-frames:v", "51", str(source))
+    if source.name != name:
+        ffmpeg("-i", str(source), "-c", "copy", str(tmp_path / name))
+    info = probe(tmp_path / name)
+    assert (info.num_frames, info.fps, info.variable_fps) == (51, float(Fraction(rate)), False)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "found"),
+    [
+        ("clip.mp4", "29.5", 29.5),
+        ("clip.avi", "25/2", 12.5),
+        ("clip.gif", "100/3", 100 / 3),
+        ("clip.gif", "50/3", 50 / 3),
+    ],
+)
+def test_a_rate_that_is_exact_stays_as_it_is(tmp_path, name, rate, found):
+    ffmpeg("-f", "lavfi", "-i", f"testsrc=size=46x34:rate={rate}", "-frames:v", "5", str(tmp_path / name))
+    assert probe(tmp_path / name).fps == pytest.approx(found, rel=1e-12)
+
+
+@pytest.mark.parametrize("rate", [23.9, 24.05, 14.5, 0.37])
+def test_a_rate_that_rounded_times_cannot_mean_is_their_average(rate):
+    ticks = np.round(np.arange(101) / rate * 1000).astype(np.int64)
+    assert video._rate(ticks, Fraction(1, 1000)) == pytest.approx(rate, rel=1e-3)
+    assert video._rate(ticks, Fraction(1, 1000)) == 100 / (ticks[-1] / 1000)
 
 
 @pytest.mark.parametrize(
@@ -245,9 +278,15 @@ def test_a_file_that_is_gone_is_bad_like_any_other(tmp_path, name, count):
 
 
 def test_a_file_that_goes_while_it_is_read_is_bad_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "_check", lambda clip: None)
+    monkeypatch.setattr(video, "check_file", lambda clip: None)
     with pytest.raises(VideoError, match="cannot be opened: No such file or directory"):
         read_frames(tmp_path / "photo.jpg", VideoInfo(1, 31, 47, np.nan), picks=np.array([0]))
+
+
+def test_a_file_that_cannot_be_looked_up_is_not_told_as_missing(tmp_path):
+    (tmp_path / "clip.mp4").symlink_to(tmp_path / "clip.mp4")
+    with pytest.raises(VideoError, match=r"^cannot be opened: Too many levels of symbolic links$"):
+        probe(tmp_path / "clip.mp4")
 
 
 @pytest.mark.parametrize("name", ["a%d.png", "a%03d.png", "a%*.png", "a[1].png", "%d/a.png", "a%%.png"])
@@ -401,7 +440,7 @@ def test_damage_among_the_frames_is_refused_not_concealed(tmp_path):
 
 def test_a_process_that_hangs_is_ended(clip, monkeypatch):
     monkeypatch.setattr(ffmpeg_process, "TIMEOUT_SECONDS", 0.0)
-    with pytest.raises(VideoError, match="longer than"):
+    with pytest.raises(VideoError, match=r"ffmpeg took longer than 0\.0 s, 2 times"):
         probe(clip)
 
 

@@ -221,6 +221,25 @@ def test_a_folder_of_clips_may_be_moved():
     assert here == elsewhere
 
 
+@pytest.mark.parametrize("bad", ["", "https://x.org/y.mp4", "/data/z.mp4", None])
+def test_bad_rows_do_not_tie_the_hash_to_a_place(bad):
+    here, there, other = (
+        image_plan(path=[bad, f"{folder}/a/x.mp4", f"{folder}/a/{name}.mp4"], status=["bad", "ok", "ok"]).hash
+        for folder, name in (("/data", "y"), ("/mnt/disk", "y"), ("/data", "z"))
+    )
+    assert here == there != other
+    shards = {"shard": ["", "", "/s/0"], "status": ["bad", "ok", "ok"]}
+    assert image_plan(path=[bad, "/s/x.mp4", "y"], **shards).hash == (
+        image_plan(path=[bad, "/t/x.mp4", "y"], **shards | {"shard": ["", "", "/t/0"]}).hash
+    )
+
+
+def test_the_hash_of_tables_stays_as_it_was():
+    paths = ["/data/a/x.mp4", "/data/b/y.mp4", "/data/b/z.mp4"]
+    assert image_plan(path=paths, status=["ok"] * 3).hash == image_plan(path=paths).hash == "d09f910d35962fdb"
+    assert image_plan(path=paths, status=["ok", "ok", "bad"]).hash == "57f8c769a42d2e00"
+
+
 def test_the_hash_does_not_depend_on_how_arrow_holds_the_columns():
     paths, records = ["", "a", "bé", "", "cde", "f"], [5, 0, 3, 2, 1, 4]
     whole = pa.array(paths)

@@ -60,6 +60,7 @@ def test_a_bad_file_gives_a_row_with_the_reason(path, reason):
 
 def test_a_shard_that_is_gone_and_a_record_that_cannot_be_are_bad_rows(tmp_path):
     assert describe("a", str(tmp_path / "gone" / "x.array_record"), 0)["reason"] == "no such file"
+    assert describe("a", str(tmp_path / ("x" * 300)), 0)["reason"] == "cannot be opened: File name too long"
     with pytest.raises(RecordError, match="record -1: records are numbered from 0"):
         RecordReader().read(tmp_path / "x.array_record", -1)
 

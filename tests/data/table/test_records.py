@@ -185,3 +185,6 @@ def test_rows_are_taken_block_by_block_and_texts_keep_their_type(monkeypatch):
     found = records.take(column, pa.array([3, 0, 2, None, 1]))
     assert (found.to_pylist(), found.type) == ([None, "a", "c", None, "b"], pa.string())
     assert records.numbered(column).indices.to_pylist() == [0, 1, 2, None]
+    renamed = records.map_shards(pa.table({"shard": ["a", "b", "", "a", "b"]}), str.upper)["shard"]
+    assert [chunk.to_pylist() for chunk in renamed.chunks] == [["A", "B"], ["", "A"], ["B"]]  # each far below 2 GiB
+    assert renamed.type == pa.string()

@@ -1,5 +1,7 @@
 """The table of a run over clips, and what it takes over from earlier runs; a fake run describes any bytes."""
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -111,6 +113,14 @@ def test_a_second_run_at_the_same_time_is_refused(files, tmp_path):
             yield from super().__call__(clips)
 
     assert survey(files, tmp_path / "t.parquet", Second())[0] == ALL
+
+
+def test_a_file_system_without_locks_is_no_obstacle(files, tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert survey(files, tmp_path / "t.parquet")[0] == ALL
 
 
 def test_two_interrupted_runs_add_up(files, tmp_path):
