@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -102,8 +103,16 @@ def main() -> None:
             source = [f"--config={CONFIG}", f"--input={folder / 'published'}"]
             took = convert(out, devices, "import", *source, *fields, *mesh, f"--output={out}")
             report(f"import, {devices} device(s)", size, took)
-        took = convert(folder, 1, "export", f"--input={folder / 'imported8'}", f"--output={folder / 'out.safetensors'}")
-        report("export", size, took)
+        workdir = f"--input={folder / 'imported8'}"
+        for devices in (1, 8):
+            out = folder / f"again{devices}"
+            arguments = [f"--config={CONFIG}", workdir, "--dtype=bfloat16", *fields, *mesh, f"--output={out}"]
+            took = convert(out, devices, "import", *arguments)
+            report(f"of a workdir, {devices} device(s)", size, took)
+            shutil.rmtree(out)
+        for layout in ("same", "flux"):
+            took = convert(folder, 1, "export", workdir, f"--output={folder / 'out.safetensors'}", f"--layout={layout}")
+            report(f"export, layout {layout}", size, took)
 
 
 def report(name: str, size: float, took: dict) -> None:

@@ -25,7 +25,7 @@ from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights import hub, manifest, pretrained, workdir
 from opensora_jax.weights.constants import stored_constants
 from opensora_jax.weights.files import save_safetensors
-from opensora_jax.weights.layouts import to_fused, to_split
+from opensora_jax.weights.layouts import JOINED, to_fused, to_split
 from opensora_jax.weights.views import Cast
 
 LAYOUTS = {"opensora": to_split, "flux": to_fused}
@@ -68,7 +68,7 @@ def _export(argv: list[str]) -> Path:
     stored = workdir.Stored(source)
     if given.layout != "same" and stored.meta["type"] not in pretrained.DENOISERS:
         raise UserError(f"--layout is for an MMDiT, which has two: {source} holds a {stored.meta['type']}")
-    tensors: Any = pretrained.open_weights(source)
+    tensors: Any = pretrained.open_weights(source, held=JOINED if given.layout == "flux" else 1)
     if given.layout != "same":
         tensors = LAYOUTS[given.layout](tensors, stored.meta["model"]["num_heads"])
     if given.dtype != "same":

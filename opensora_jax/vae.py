@@ -64,6 +64,7 @@ from opensora_jax.weights.pretrained import (
 )
 
 CONFIG = config_flag()
+LONGEST = 150  # bytes of a clip's name in those of its files: file systems take 255 with all that is added
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Work:
         """Returns the name of a clip's files; it stays when the table gets other rows."""
         path = Path(str(self.source.paths[row]))
         which = [str(path), self.table["record"][row].as_py(), bucket.num_frames, bucket.height, bucket.width]
-        return f"{path.stem}_{digest(json.dumps(which))[:8]}"
+        return f"{path.stem.encode()[:LONGEST].decode(errors='ignore')}_{digest(json.dumps(which))[:8]}"
 
     def key(self, bucket: Bucket, row: int) -> str:
         """Returns a hash of all that a clip's reconstruction and its scores depend on."""

@@ -3,22 +3,28 @@
 import json
 import os
 import pickle
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from absl import flags
 from flax import nnx
 from huggingface_hub import errors
 
+from opensora_jax import convert as convert_command
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.flag import load_config
 from opensora_jax.models.mmdit import MMDiT, MMDiTConfig
-from opensora_jax.weights import hub
+from opensora_jax.parallel.mesh import one_device
+from opensora_jax.weights import hub, workdir
 from opensora_jax.weights.files import open_checkpoint, save_safetensors
 from opensora_jax.weights.layouts import to_fused
-from opensora_jax.weights.pretrained import DENOISERS, parse_model
+from opensora_jax.weights.pretrained import DENOISERS, describe, load_weights, parse_model
 from opensora_jax.weights.rename import published_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +77,23 @@ def test_what_is_imported_on_a_mesh_is_exported_bit_by_bit_in_either_layout(conv
     assert done.returncode == 0, done.stderr
     expected = to_fused(open_checkpoint(published), heads=4)
     assert_same(flux, {key: np.asarray(tensor).astype(np.float32) for key, tensor in expected.items()})
+
+
+@pytest.mark.parametrize("layout", ["same", "flux"])
+def test_an_export_reads_every_stored_array_once(published, tmp_path, monkeypatch, layout):
+    section = load_config(ROOT / CONFIG).model.to_dict()
+    section |= {"hidden_size": 24, "axes_dim": (2, 2, 2), "depth": 2, "from_pretrained": str(published)}
+    _, config = parse_model(section, DENOISERS, "config.model")
+    params = load_weights(
+        section, DENOISERS, "config.model", dtype=np.float32, mesh=one_device(), param_dtype=np.float32
+    )
+    workdir.write(tmp_path / "workdir", params, describe("mmdit", config))
+    read, restore = [], workdir.Stored._restore
+    monkeypatch.setattr(workdir.Stored, "_restore", lambda *args: read.append(args) or restore(*args))
+    given = {"input": tmp_path / "workdir", "output": tmp_path / "out.safetensors", "layout": layout, "dtype": "same"}
+    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**given))
+    convert_command.VERBS["export"]([])
+    assert len(read) == len(jax.tree.leaves(params))
 
 
 def test_manifests_and_files_are_verified_without_a_model(convert, published):
@@ -148,25 +171,73 @@ def test_mistakes_are_one_line(convert, arguments, complaint):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_download_puts_files_where_the_presets_look(tmp_path, monkeypatch):
-    def download(repository, *, revision, local_dir, allow_patterns, max_workers):
-        assert (repository, revision, allow_patterns) == ("openai/clip-vit-large-patch14", None, ["*.json"])
+def fake_hub(monkeypatch, files, written):
+    """A hub whose repositories all list `files`, of which a download writes `written`."""
+
+    def download(repository, *, revision, local_dir, allow_patterns, max_workers, dry_run):
+        if dry_run:
+            return [SimpleNamespace(filename=name) for name in files if fnmatch(name, (allow_patterns or ["*"])[0])]
         local_dir.mkdir(parents=True)
-        (local_dir / "config.json").write_text("{}")
+        return [(local_dir / name).write_text("{}") for name in written]
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+
+def test_a_download_puts_files_where_the_presets_look(tmp_path, monkeypatch):
+    fake_hub(monkeypatch, ["config.json", "model.bin"], written=["config.json"])
     hub.download("openai/clip-vit-large-patch14", tmp_path, ["*.json"], None)
     assert (tmp_path / "openai/clip-vit-large-patch14/config.json").is_file()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [errors.LocalEntryNotFoundError("no"), errors.OfflineModeIsEnabled("no")],
-)
-def test_a_download_without_a_network_says_so(tmp_path, monkeypatch, error):
+def test_a_download_of_nothing_or_of_a_part_is_an_error(tmp_path, monkeypatch):
+    fake_hub(monkeypatch, ["config.json", "model.bin"], written=["config.json"])
+    with pytest.raises(UserError, match=r"a/b has no file that matches \*\.zip: give other --include"):
+        hub.download("a/b", tmp_path, ["*.zip"], None)
+    with pytest.raises(UserError, match=r"model\.bin is missing"):
+        hub.download("a/b", tmp_path, [], None)
+
+
+def test_a_download_without_a_network_into_a_folder_with_files_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"does not reach huggingface\.co"):
+        hub.download("hpcai-tech/Open-Sora-v2", tmp_path, [], None)
+
+
+def test_a_repository_is_an_owner_and_a_name(tmp_path):
+    with pytest.raises(UserError, match=r"--repo is OWNER/NAME, as on huggingface\.co: got 'a/b/c'"):
+        hub.download("a/b/c", tmp_path, [], None)
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+RESPONSE = SimpleNamespace(headers={}, request=None)
+REFUSALS = {
+    r"does not reach huggingface\.co": (
+        errors.LocalEntryNotFoundError("no"),
+        errors.OfflineModeIsEnabled("no"),
+        errors.HTTPError("no connection"),
+        errors.DryRunError("no"),
+        caused(errors.DryRunError("no"), errors.HTTPError("no connection")),
+    ),
+    "asks for an agreement": (caused(errors.DryRunError("no"), errors.GatedRepoError("no", response=RESPONSE)),),
+    "has no repository": (caused(errors.DryRunError("no"), errors.RepositoryNotFoundError("no", response=RESPONSE)),),
+    "has no revision 'x'": (errors.RevisionNotFoundError("no", response=RESPONSE),),
+    r"\(busy\); the same": (
+        caused(errors.LocalEntryNotFoundError("no"), errors.HfHubHTTPError("busy", response=RESPONSE)),
+    ),
+    r"\(disk full\); the same": (OSError("disk full"),),
+}
+
+
+@pytest.mark.parametrize(("said", "error"), [(said, error) for said, some in REFUSALS.items() for error in some])
+def test_a_download_that_fails_says_why(tmp_path, monkeypatch, said, error):
     def download(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(UserError, match=r"does not reach huggingface\.co"):
-        hub.download("hpcai-tech/Open-Sora-v2", tmp_path, [], None)
+    with pytest.raises(UserError, match=said):
+        hub.download("hpcai-tech/Open-Sora-v2", tmp_path, [], "x")

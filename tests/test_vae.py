@@ -186,6 +186,19 @@ def test_what_a_reconstruction_depends_on_makes_it_again(tmp_path):
     assert work.key(LARGE, 0) != work.key(SMALL, 0)
 
 
+@pytest.mark.parametrize("letter", ["x", "雨"])
+def test_files_of_a_clip_with_a_long_name_have_a_shorter_one(tmp_path, letter):
+    name = (letter * 250).encode()[:250].decode(errors="ignore")
+    table = clip_table()
+    table = table.set_column(table.column_names.index("path"), "path", [[f"/clips/{name}{row}" for row in range(23)]])
+    work = make_work(tmp_path, table=table, rows=ROWS[:2])
+    vae.reconstruct(work, ALONE)
+    assert work.stem(*ROWS[0]).startswith(letter * (150 // len(letter.encode())) + "_")
+    assert len(made(tmp_path)) == 2
+    same = make_work(tmp_path).stem(*ROWS[0])
+    assert same.startswith("0_")
+
+
 def test_the_distance_is_measured_when_its_weights_come_later(tmp_path):
     vae.reconstruct(make_work(tmp_path), ALONE)
     assert read_csv(tmp_path / "reconstructions.csv")["lpips"].null_count == 8

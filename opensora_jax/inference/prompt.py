@@ -34,6 +34,7 @@ from opensora_jax.weights.pretrained import TEXT_ENCODERS
 
 PUBLISHED = {"t5": "google/t5-v1_1-xxl", "clip": "openai/clip-vit-large-patch14"}
 READ_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin")  # config, tokenizer, weights
+VOCABULARIES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))  # any of these
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Tokenizer:
 
         folder = Path(config.from_pretrained)
         try:
+            _check_vocabulary(folder)
             model = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -145,13 +147,14 @@ def load_encoder(kind: str, config: TextEncoderConfig, dtype: DTypeLike, mesh: M
     Raises: UserError for a folder that is missing or incomplete, or a `max_length` beyond CLIP's positions.
     """
     shape, folder = read_shape(kind, config), Path(config.from_pretrained)
+    tokenizer = Tokenizer.load(config)  # before the weights, which take minutes
     _, module = TEXT_ENCODERS[kind]
     abstract = nnx.eval_shape(lambda: module(shape, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(abstract)
     shardings = param_shardings(params, mesh or one_device())
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), params, shardings)
     params = load_params(kind, open_checkpoint(folder), params)
-    return TextEncoder(Tokenizer.load(config), params, _forward(kind, graphdef))
+    return TextEncoder(tokenizer, params, _forward(kind, graphdef))
 
 
 def read_shape(kind: str, config: TextEncoderConfig) -> T5Config | CLIPTextConfig:
@@ -171,6 +174,12 @@ def read_shape(kind: str, config: TextEncoderConfig) -> T5Config | CLIPTextConfi
         longest = shape.max_position_embeddings
         raise UserError(f"clip.max_length is at most {longest} for {folder}: got {config.max_length}; use {longest}.")
     return shape
+
+
+def _check_vocabulary(folder: Path) -> None:
+    """Raises: OSError for a folder without one; transformers would make a tokenizer that knows no word."""
+    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+        raise OSError(f"it lacks {', or '.join(' and '.join(names) for names in VOCABULARIES)}")
 
 
 def _forward(kind: str, graphdef: nnx.GraphDef) -> Callable[[nnx.State, Array], Array]:

@@ -57,9 +57,10 @@ def from_file(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"The prompt list {path} does not exist. Give a text file with one prompt a line.")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"The prompt list {path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+    lines = [line.strip() for line in text.split("\n")]  # splitlines() also cuts inside a line, at U+2028 and others
     prompts = [Prompt(line, i) for i, line in enumerate(filter(None, lines))]
     if not prompts:
         raise UserError(f"The prompt list {path} is empty. Write one prompt a line.")

@@ -19,6 +19,7 @@ FUSED = re.compile(r"(.*_blocks\.\d+\.(?:img_attn\.|txt_attn\.|))(qkv|linear1)\.
 FUSED_LORA = re.compile(r"(.*_blocks\.\d+\.(?:img_attn\.|txt_attn\.|))(qkv|linear1)\.(lora_[AB]\.weight)$")
 SPLIT = re.compile(r"(.*_blocks\.\d+\.(?:img_attn\.|txt_attn\.|))q_proj\.(weight|bias)$")
 PART = re.compile(r"_blocks\.\d+\..*\b(k_proj|v_proj|v_mlp)\.(weight|bias)$")
+JOINED = 3  # tensors of Open-Sora's layout in one of Flux's
 NORM = re.compile(r"_blocks\..*\.(query_norm|key_norm)\.scale$")
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -34,7 +35,7 @@ from opensora_jax.parallel.rules import param_shardings
 from opensora_jax.weights.adapter import read_adapter
 from opensora_jax.weights.constants import check_constants
 from opensora_jax.weights.files import open_checkpoint, read_json
-from opensora_jax.weights.layouts import to_fused, to_split
+from opensora_jax.weights.layouts import JOINED, to_fused, to_split
 from opensora_jax.weights.lora import merge_adapter
 from opensora_jax.weights.lpips_files import is_lpips, open_lpips
 from opensora_jax.weights.params import load_params, published_tensors, with_stored_dtypes
@@ -61,6 +62,7 @@ TILING_FIELDS = (
     *("use_spatial_tiling", "use_temporal_tiling", "tile_overlap_factor"),
     *("sample_size", "sample_tsize", "spatial_tile_size", "temporal_tile_size"),
 )
+LAYOUT_FIELDS = ("fused_qkv", "use_liger_rope")  # of the MMDiT: a change of layout changes them
 FREE_FIELDS = (  # the same weights serve all values, so they are not compared
     *LATENT_FIELDS,
     *TILING_FIELDS,
@@ -191,7 +193,7 @@ def load_weights(
     )
     if is_workdir(path) and source == Source(source.from_pretrained) and param_dtype is not None:
         stored = Stored(path)
-        check_same(describe(section["type"], config), stored.meta, str(path))
+        _check_workdir(stored, source, describe(section["type"], config))
         return stored.read(abstract)
     checkpoint = open_source(section, config, where)
     if param_dtype is None:
@@ -217,23 +219,29 @@ def initial_weights(
 def open_source(section: Section, config: Any, where: str) -> Mapping[str, Any]:
     """Returns published key -> tensor of the weights that a section names, renamed and laid out as it says.
 
-    Raises: UserError for weights that are not there or cannot be read.
+    Raises: UserError for weights that are not there or cannot be read, and for a workdir of another network.
     """
     source = parse_source(section, where)
-    found = open_weights(find_weights(source.from_pretrained, where), part=source.part)
+    path = find_weights(source.from_pretrained, where)
+    if is_workdir(path):
+        _check_workdir(Stored(path), source, describe(section["type"], config))
+    found = open_weights(path, part=source.part, held=JOINED if source.layout == "opensora" else 1)
     checkpoint = _converted(found, source, config, where)
     check_constants(config, checkpoint, where)
     return checkpoint
 
 
-def open_weights(path: Path, *, part: str | None = None) -> Mapping[str, Any]:
+def open_weights(path: Path, *, part: str | None = None, held: int = 1) -> Mapping[str, Any]:
     """Returns published key -> tensor of a file of weights, or of the newest checkpoint of one of our workdirs.
 
-    Raises: UserError for a path that holds neither.
+    Of a workdir's arrays, the last `held` that were read stay in memory.
+    Raises: UserError for a path that holds neither, and for a `part` of a workdir.
     """
     if not is_workdir(path):
         return open_lpips(path) if is_lpips(path) else open_checkpoint(path, part=part)
-    stored = Stored(path)
+    if part is not None:
+        raise UserError(f"{path} is a workdir, which has no parts, as torch files may have: leave part={part!r} out.")
+    stored = Stored(path, held)
     return published_tensors(stored.meta["type"], stored.arrays())
 
 
@@ -253,6 +261,18 @@ def fingerprint(model: nnx.Module) -> str:
     for path, leaf in jax.tree.leaves_with_path(nnx.state(model, nnx.Param)):
         digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _check_workdir(stored: Stored, source: Source, described: dict[str, Any]) -> None:
+    """Refuses a workdir of another network than the one described; it is a warning where what fits is loaded."""
+    changed = () if source.layout == "same" else LAYOUT_FIELDS  # whose values _converted checks
+    model = {name: value for name, value in described["model"].items() if name not in changed}
+    try:
+        check_same(described | {"model": model}, stored.meta, str(stored.workdir))
+    except UserError as error:
+        if source.strict_load:
+            raise
+        logging.warning("%s", error)
 
 
 def _converted(checkpoint: Mapping[str, Any], source: Source, config: Any, where: str) -> Mapping[str, Any]:

@@ -6,6 +6,8 @@ that came from elsewhere.
 """
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -30,9 +32,14 @@ def is_workdir(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Stored:
-    """The newest checkpoint of a workdir."""
+    """The newest checkpoint of a workdir.
+
+    Of the arrays that are read one by one the last `held` stay in memory: the layers of a stack are asked for one after
+    the other, and where layers of several stacks are joined, in turn.
+    """
 
     workdir: Path
+    held: int = 1
 
     @cached_property
     def latest_step(self) -> int | None:
@@ -68,13 +75,10 @@ class Stored:
         placed = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), parts)
         return nnx.merge_state(*self._restore(parts, placed).values())
 
-    def read_array(self, array: "StoredArray") -> np.ndarray:
-        """Returns one parameter in the memory of this host."""
-        abstract: Any = jax.ShapeDtypeStruct(array.shape, array.dtype)
-        for key in reversed(array.path):
-            abstract = {key: abstract}
-        restored = self._restore(abstract, jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract))
-        return jax.tree.leaves(restored)[0]
+    @cached_property
+    def read_array(self) -> Callable[["StoredArray"], np.ndarray]:
+        """What returns one parameter in the memory of this host."""
+        return lru_cache(self.held)(self._read_array)
 
     def arrays(self) -> list[tuple[tuple[str, ...], "StoredArray"]]:
         """Returns (path in the module, array) of every parameter; each is read when it is asked for."""
@@ -99,16 +103,25 @@ class Stored:
             )
         return leaves
 
+    def _read_array(self, array: "StoredArray") -> np.ndarray:
+        abstract: Any = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        for key in reversed(array.path):
+            abstract = {key: abstract}
+        restored = self._restore(abstract, jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract))
+        return jax.tree.leaves(restored)[0]
+
     def _restore(self, abstract: Any, restore_args: Any) -> Any:
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
-        with self._manager() as manager:
+        largest = max(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in self._leaves.values())
+        with self._manager(restore_concurrent_gb=_room(largest)) as manager:
             return manager.restore(self.step, args=ocp.args.Composite(state=args))["state"]
 
-    def _manager(self) -> ocp.CheckpointManager:
+    def _manager(self, *, restore_concurrent_gb: float | None = None) -> ocp.CheckpointManager:
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=restore_concurrent_gb)
         return ocp.CheckpointManager(
             (self.workdir / FOLDER).absolute(),
             options=ocp.CheckpointManagerOptions(create=False),
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+            item_handlers={"state": handler, "meta": ocp.JsonCheckpointHandler()},
         )
 
 
@@ -122,15 +135,10 @@ class StoredArray:
     dtype: np.dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return _read(self)[index]
+        return self.stored.read_array(self)[index]
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(_read(self), dtype)
-
-
-@lru_cache(maxsize=1)  # the layers of a stack are asked for one after the other
-def _read(array: StoredArray) -> np.ndarray:
-    return array.stored.read_array(array)
+        return np.asarray(self.stored.read_array(self), dtype)
 
 
 def check_new(workdir: Path) -> None:
@@ -148,7 +156,7 @@ def write(workdir: Path, params: nnx.State, meta: dict[str, Any]) -> None:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     largest = max(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=(1.01 * largest + 1) / 1e9, use_compression=False)
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=_room(largest), use_compression=False)
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave({"params": params}), meta=ocp.args.JsonSave(meta | {"ema": False})
     )
@@ -183,3 +191,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def _room(largest: int) -> float:
+    """Returns the GB that Orbax may have in flight, for arrays of up to `largest` bytes to go one by one."""
+    return (1.01 * largest + 1) / 1e9

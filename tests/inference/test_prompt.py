@@ -172,6 +172,16 @@ def test_a_folder_without_tokenizer_is_refused(folder, tmp_path):
         load_encoder("clip", TextEncoderConfig(str(tmp_path / "clip"), 7), jnp.float32)
 
 
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+@pytest.mark.parametrize("half", ["vocab.json", "merges.txt"])
+def test_a_tokenizer_without_its_vocabulary_is_refused_before_weights_are_read(folder, tmp_path, kind, half):
+    config = json.loads((folder / kind / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    (tmp_path / half).write_text("{}")
+    with pytest.raises(UserError, match=r"no tokenizer .*\(it lacks tokenizer\.json, or spiece\.model, or vocab"):
+        load_encoder(kind, TextEncoderConfig(str(tmp_path), 7), jnp.float32)
+
+
 def test_weights_carry_the_published_names(folder):
     assert "text_model.encoder.layers.1.self_attn.q_proj.weight" in open_checkpoint(folder / "clip")
     assert "encoder.block.1.layer.1.DenseReluDense.wi_0.weight" in open_checkpoint(folder / "t5")

@@ -33,6 +33,12 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
     assert [(p.text, p.index) for p in prompt_list.from_file(file)] == [("a cat", 0)]
 
 
+def test_only_line_breaks_end_a_prompt(tmp_path):
+    file, inside = tmp_path / "prompts.txt", "a\u2028b\u2029c\x85d\ve\ff\x1cg\x1dh\x1ei"
+    file.write_bytes(f"{inside}\r\na dog\n".encode())
+    assert [p.text for p in prompt_list.from_file(file)] == [inside, "a dog"]
+
+
 def test_columns_of_parquet_are_read_as_text_or_refused(tmp_path):
     pa.parquet.write_table(pa.table({"text": [7, 8]}), tmp_path / "numbers.parquet")
     assert [p.text for p in prompt_list.from_table(tmp_path / "numbers.parquet")] == ["7", "8"]

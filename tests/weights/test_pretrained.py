@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from opensora_jax.models.mmdit import MMDiT
 from opensora_jax.parallel.mesh import MeshConfig, make_mesh
 from opensora_jax.weights import workdir
 from opensora_jax.weights.files import open_checkpoint, save_safetensors
-from opensora_jax.weights.layouts import to_split
+from opensora_jax.weights.layouts import to_fused, to_split
 from opensora_jax.weights.params import export_params, load_params
 from opensora_jax.weights.pretrained import (
     DENOISERS,
@@ -134,22 +135,59 @@ def test_import_and_export_change_no_bit(file, mesh, published, tmp_path):
         np.testing.assert_array_equal(np.asarray(written[key]).view(np.uint16), value.view(np.uint16))
 
 
-def test_a_workdir_gives_its_weights_in_another_dtype_on_another_mesh(file, mesh, published, tmp_path):
+@pytest.fixture
+def imported(file, mesh, tmp_path):
     workdir.write(tmp_path / "one", read({"from_pretrained": file}, mesh, None), describe("mmdit", CONFIG))
-    params = read({"from_pretrained": str(tmp_path / "one")}, make_mesh(MeshConfig(1, 8, 1, 1)))
+    return str(tmp_path / "one")
+
+
+def test_a_workdir_gives_its_weights_in_another_dtype_on_another_mesh(imported, published):
+    assert_published(read({"from_pretrained": imported}, make_mesh(MeshConfig(1, 8, 1, 1))), published)
+
+
+def test_a_workdir_of_another_network_is_refused_by_field(imported, mesh):
+    with pytest.raises(UserError, match=r"model\.theta is 100 there and 200 in the config"):
+        read({"from_pretrained": imported, "theta": 200}, mesh)
+
+
+FUSED = {"fused_qkv": True, "use_liger_rope": False}
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"theta": 200},
+        {"use_liger_rope": False},
+        {"theta": 200, "rename_keys": ("img_in:img_in",)},
+        {"theta": 200, "layout": "opensora"} | FUSED,
+    ],
+)
+def test_a_workdir_of_another_network_is_refused_however_it_is_read(imported, mesh, section):
+    with pytest.raises(UserError, match=r"the checkpoint .*one does not fit the config: model\.(theta|use_liger_rope)"):
+        read({"from_pretrained": imported} | section, mesh, None)
+
+
+def test_a_workdir_changes_its_layout(imported, mesh, published):
+    params = read({"from_pretrained": imported, "layout": "opensora"} | FUSED, mesh)
+    expected = {key: np.asarray(tensor) for key, tensor in to_fused(published, CONFIG.num_heads).items()}
+    assert_published(params, expected)
+
+
+def test_a_partial_load_from_a_workdir_of_another_network_is_told(imported, mesh, published, caplog):
+    with caplog.at_level(logging.WARNING):
+        params = read({"from_pretrained": imported, "theta": 200, "strict_load": False}, mesh)
+    assert "model.theta is 100 there and 200 in the config" in caplog.text
     assert_published(params, published)
 
 
-def test_a_workdir_of_another_network_is_refused_by_field(file, mesh, tmp_path):
-    workdir.write(tmp_path / "one", read({"from_pretrained": file}, mesh, None), describe("mmdit", CONFIG))
-    with pytest.raises(UserError, match=r"model\.theta is 100 there and 200 in the config"):
-        read({"from_pretrained": str(tmp_path / "one"), "theta": 200}, mesh)
+def test_a_workdir_has_no_parts(imported, mesh):
+    with pytest.raises(UserError, match=r"a workdir, which has no parts.*leave part='ema' out"):
+        read({"from_pretrained": imported, "part": "ema"}, mesh)
 
 
-def test_a_workdir_is_not_written_over(file, mesh, tmp_path):
-    workdir.write(tmp_path / "one", read({"from_pretrained": file}, mesh, None), describe("mmdit", CONFIG))
+def test_a_workdir_is_not_written_over(imported):
     with pytest.raises(UserError, match="has checkpoints already"):
-        workdir.check_new(tmp_path / "one")
+        workdir.check_new(Path(imported))
 
 
 def test_sampling_holds_parameters_in_the_dtype_it_computes_in(file, mesh):

@@ -44,6 +44,26 @@ def test_learnt_and_frozen_parameters_are_read_together(workdir):
     jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), whole))
 
 
+def test_arrays_are_read_one_by_one(workdir, monkeypatch):
+    folder, state = workdir
+    bounds, make = [], ocp.PyTreeCheckpointHandler
+    monkeypatch.setattr(ocp, "PyTreeCheckpointHandler", lambda **given: bounds.append(given) or make(**given))
+    whole = nnx.merge_state(state["ema"], state["frozen"])
+    Stored(folder).read(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole))
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(whole))
+    assert largest < 1e9 * bounds[-1]["restore_concurrent_gb"] < 1.1 * largest
+
+
+def test_as_many_arrays_stay_in_memory_as_are_asked_for(workdir, monkeypatch):
+    read, restore = [], Stored._restore
+    monkeypatch.setattr(Stored, "_restore", lambda *args: read.append(args) or restore(*args))
+    for held, count in ((1, 6), (3, 3)):
+        read.clear()
+        for _, array in Stored(workdir[0], held).arrays() * 2:  # two rounds
+            assert array[1:].shape == (3, 3)
+        assert len(read) == count
+
+
 def test_a_lora_alone_is_no_model(tmp_path):
     with ocp.CheckpointManager((tmp_path / "checkpoints").absolute()) as manager:
         state = {"params": params(0, "a.lora_A.kernel", "a.lora_B.kernel")}
