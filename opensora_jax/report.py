@@ -106,8 +106,10 @@ def training(workdir: Path) -> dict[str, float | int]:
     """Returns steps, first and last loss, mean loss of the last tenth, and median seconds of a step."""
     metrics = read_metrics(workdir / "metrics.jsonl")
     steps, losses = series(metrics, "loss")
-    if not len(losses):
+    kept = np.isfinite(losses)  # those of skipped updates are not
+    if not kept.any():
         raise MissingPartError(f"{workdir}/metrics.jsonl")
+    steps, losses = steps[kept], losses[kept]
     _, seconds = series(metrics, "step_seconds")
     tenth = losses[steps > steps[-1] - 0.1 * (steps[-1] - steps[0] + 1)]
     return {

@@ -54,6 +54,13 @@ def test_the_summary_holds_what_was_measured(demo):
     json.dumps(summary)
 
 
+def test_the_loss_of_a_skipped_update_counts_nowhere(demo):
+    with (demo / "vae" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 20, "loss": float("nan")}) + "\n")
+    found = report.summarize(demo, None)["autoencoder"]["training"]
+    assert (found["loss_last"], found["loss_mean_of_last_tenth"]) == (1.0, 1.5)
+
+
 def test_prompt_following_counts_each_attribute_on_its_own(demo):
     found = report.summarize(demo, None)["prompt_following"]
     assert found == {

@@ -88,6 +88,7 @@ class FluxAE(nnx.Module):
         return self.config.z_channels
 
     is_causal = True
+    frames_apart = True  # each is an image to it
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Returns (frames, height, width) of the latent of a clip.

@@ -22,7 +22,7 @@ from opensora_jax.config.files import write_json
 from opensora_jax.data.plan.auto import BucketConfig, Line, auto_lines
 from opensora_jax.data.plan.buckets import Bucket
 from opensora_jax.parallel.distributed import from_first
-from opensora_jax.training.programs import GIB, AbstractBatch, Program, TooLargeError, device_memory
+from opensora_jax.training.programs import GIB, AbstractBatch, Program, TooLargeError, device_memory, resident_bytes
 from opensora_jax.weights.workdir import FOLDER, flatten
 
 FILE = "batch_sizes.json"
@@ -104,7 +104,7 @@ class BatchSizes:
         """
         lines, memory = auto_lines(bucket_config), self.config.memory(self.mesh)
         memory, resident, is_tied, text = from_first(
-            [memory, _resident_bytes(self.mesh), _has_checkpoints(self.workdir), _read(self.workdir / FILE)]
+            [memory, resident_bytes(self.mesh), _has_checkpoints(self.workdir), _read(self.workdir / FILE)]
         )
         stored = parse(text, self.workdir / FILE)
         chosen: dict[Line, Choice] = {}
@@ -289,12 +289,6 @@ def _largest_buckets(buckets: Sequence[Bucket], lines: Sequence[Line]) -> dict[L
     for bucket in sorted(buckets, key=lambda bucket: bucket.height * bucket.width):
         found[bucket.resolution, bucket.num_frames] = bucket
     return {line: found[line] for line in lines if line in found}
-
-
-def _resident_bytes(mesh: Mesh) -> int:
-    """Returns what lies on a device already, beside the state that is still to come: encoders."""
-    stats = mesh.local_devices[0].memory_stats()
-    return stats.get("bytes_in_use", 0) if stats else 0
 
 
 def _has_checkpoints(workdir: Path) -> bool:

@@ -117,7 +117,9 @@ class Run:
                 self._start(checkpoints.latest_step or 0)
                 state, saved = self._restore(checkpoints, assembled.abstract) or (None, {REPLACED: 0})
                 if checkpoints.latest_step != self.config.num_steps:
-                    self._compile(programs, examples, saved.get("config"))
+                    fits = _comparable(saved.get("config") or {}) == _comparable(self.settings)
+                    fits &= saved.get("devices") == programs.devices
+                    programs.prepare(examples, known_to_fit=fits)
                 if state is None:
                     state = assembled.init()
                 elif not self.save_frozen:
@@ -130,14 +132,6 @@ class Run:
             finally:
                 programs.close()
                 checkpoints.close()
-
-    def _compile(self, programs: Programs, examples: Mapping[str, AbstractBatch], saved: Mapping | None) -> None:
-        """Compiles all before the first step, beside it where a run with the same config has found that they fit."""
-        if saved is None or _comparable(saved) != _comparable(self.settings):
-            programs.compile(examples)
-        else:
-            logging.info("%d steps are compiled beside the run, a step at the latest when it is due", len(examples))
-            programs.begin(examples)
 
     def _restore(self, checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Returns the newest state. Raises: UserError for that of another run, with the fields that are others now."""
@@ -200,7 +194,7 @@ class Run:
                     bar.set_postfix(_shown(scalars), refresh=False)
                     self._check_skipped(int(state.skipped) - skipped, number)
                 if number % config.ckpt_every == 0 or number == stop or stopping:
-                    about = {REPLACED: int(total), "config": self.settings}
+                    about = {REPLACED: int(total), "config": self.settings, "devices": programs.devices}
                     last = number == stop or stopping
                     checkpoints.save(number, self._kept(state), self.meta | about, last=last)
                 if due:  # the step is being saved meanwhile, and stays whatever becomes of the look

@@ -1,7 +1,8 @@
 """The compiled steps of a run: one for every shape of batch, made before the first step, so that none stalls later.
 
 Compiling tells how much memory a step takes. What does not fit the devices is refused here with its bytes, not hours
-later by the device. A run that continues knows that all fit: it begins at once, and they are made beside it.
+later by the device. A run that continues on the same devices knows that all fit: it begins at once, and they are made
+beside it. Not on GPUs, whose compiler tries kernels out on the device, and shares that out between processes.
 """
 
 import math
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from opensora_jax.config.errors import UserError
 from opensora_jax.config.machine import compilers_at_once
 from opensora_jax.parallel.batch import batch_size
+from opensora_jax.parallel.distributed import from_first
 from opensora_jax.training.state import TrainState
 
 GIB = 2**30
@@ -84,16 +86,37 @@ def options_of(mesh: Mesh, options: CompilerOptions) -> dict[str, Any]:
 class Programs:
     """Calls the step `(state, batch, key) -> (state, metrics)` in the form that was compiled for the batch's shapes.
 
-    As many compilers run at a time as the machine holds. All processes give them the same work in the same order.
+    As many compilers run at a time as the machine holds, on GPUs one. Steps have to fit into what is free on a device
+    at the start: what lies there already, stays.
     """
 
     def __init__(self, assembled: Assembled, mesh: Mesh):
         self.mesh, self._abstract, self._remedies = mesh, assembled.abstract, assembled.remedies
         self._options = options_of(mesh, assembled.options)
         self._step = jit_step(assembled.step, assembled.abstract, self._options)
-        self._pool = ThreadPoolExecutor(compilers_at_once(), thread_name_prefix="compile")
+        self._on_gpus = mesh.devices.flat[0].platform == "gpu"
+        self._pool = ThreadPoolExecutor(1 if self._on_gpus else compilers_at_once(), thread_name_prefix="compile")
+        limit = device_memory(mesh)
+        self._room: int | None = from_first(limit and limit - resident_bytes(mesh))
         self._ahead: dict[Shapes, _Ahead] = {}
         self._compiled: dict[Shapes, Any] = {}
+
+    @property
+    def devices(self) -> dict[str, Any]:
+        """What besides the config decides whether programs fit, as JSON has it."""
+        kind = self.mesh.devices.flat[0].device_kind
+        return {"mesh": dict(self.mesh.shape), "kind": kind, "memory": self._room, "jax": jax.__version__}
+
+    def prepare(self, examples: Mapping[str, AbstractBatch], *, known_to_fit: bool) -> None:
+        """Compiles for all of these before it returns, or, where they are known to fit, beside what follows.
+
+        Raises: UserError when one does not fit into the memory of a device.
+        """
+        if known_to_fit and not self._on_gpus:
+            logging.info("%d steps are compiled beside the run, each at the latest when it is due", len(examples))
+            self.begin(examples)
+        else:
+            self.compile(examples)
 
     def begin(self, examples: Mapping[str, AbstractBatch]) -> None:
         """Begins to compile for batches of these shapes and shardings, which have a name each, beside what follows."""
@@ -113,7 +136,7 @@ class Programs:
         finally:
             self.close()
         found = [made.result()[0] for made in ahead.values()]
-        logging.info("%s", describe(found, device_memory(self.mesh)))
+        logging.info("%s", describe(found, self._room))
         self._check_memory(found)
         self._compiled |= {shapes: made.result()[1] for shapes, made in ahead.items()}
         return found
@@ -139,9 +162,11 @@ class Programs:
         return jax.device_put(jax.random.key(seed), NamedSharding(self.mesh, PartitionSpec()))
 
     def close(self) -> None:
-        """Begins nothing more; what is being compiled comes to its end."""
+        """Begins nothing more; what is being compiled comes to its end, and Python waits for it when it ends."""
         for one in self._ahead.values():
             one.made.cancel()
+        if running := sum(one.made.running() for one in self._ahead.values()):
+            logging.info("%d steps are still being compiled, and the process ends after them", running)
 
     def _program(self, shapes: Shapes) -> Any:
         if shapes not in self._compiled:
@@ -154,10 +179,9 @@ class Programs:
         return self._compiled[shapes]
 
     def _check_memory(self, found: list[Program]) -> None:
-        limit = device_memory(self.mesh)
-        too_big = [program for program in found if limit and program.peak_bytes > limit]
-        if limit and too_big:
-            raise UserError(too_large(too_big, limit, self._remedies))
+        too_big = [program for program in found if self._room and program.peak_bytes > self._room]
+        if self._room and too_big:
+            raise UserError(too_large(too_big, self._room, self._remedies))
 
     def _compile(self, name: str, batch: AbstractBatch) -> tuple[Program, Any]:
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -208,9 +232,15 @@ def device_memory(mesh: Mesh) -> int | None:
     return stats["bytes_limit"] if stats and "bytes_limit" in stats else None
 
 
+def resident_bytes(mesh: Mesh) -> int:
+    """Returns what lies on a device already, beside the state that is still to come: encoders."""
+    stats = mesh.local_devices[0].memory_stats()
+    return stats.get("bytes_in_use", 0) if stats else 0
+
+
 def describe(programs: list[Program], limit: int | None) -> str:
     """Returns the programs as a table for the log."""
-    of = f" of {limit / GIB:.1f}" if limit else ""
+    of = f" of {limit / GIB:.1f} free ones" if limit else ""
     lines = [f"compiled {len(programs)} steps; GiB on each device{of}:"]
     width = max((len(program.bucket) for program in programs), default=0)
     lines += [
@@ -231,7 +261,7 @@ def too_large(programs: list[Program], limit: int, remedies: str) -> str:
     fitting = worst.largest_batch(limit)
     smaller = f"Lower its batch size (about {fitting} samples in all devices fit)" if fitting else "Split it further"
     return (
-        f"{len(programs)} bucket(s) do not fit into {limit / GIB:.1f} GiB of a device: {worst.bucket} needs "
-        f"{worst.peak_bytes / GIB:.1f} GiB for {worst.samples} samples, {worst.state_bytes / GIB:.1f} of them for the "
-        f"state. {ways_out(smaller, remedies)}"
+        f"{len(programs)} bucket(s) do not fit into the {limit / GIB:.1f} GiB that are free on a device: "
+        f"{worst.bucket} needs {worst.peak_bytes / GIB:.1f} GiB for {worst.samples} samples, "
+        f"{worst.state_bytes / GIB:.1f} of them for the state. {ways_out(smaller, remedies)}"
     )

@@ -74,7 +74,10 @@ class VAELoss:
         posterior = model.posterior(video)  # type: ignore[attr-defined]
         reconstruction = model.reconstruct(posterior.sample(draws))  # type: ignore[attr-defined]
         config = self.config
-        error, kl, metrics = measure(config, video, reconstruction, posterior, self.lpips, config.logvar_init)
+        apart = getattr(model, "frames_apart", False)
+        error, kl, metrics = measure(
+            config, video, reconstruction, posterior, self.lpips, config.logvar_init, frames_apart=apart
+        )
         return error + kl, metrics | {"psnr_db": 10 * jnp.log10(4 / metrics["l2"])}
 
 
@@ -85,10 +88,12 @@ def measure(
     posterior: Posterior | None,
     lpips: Distance | None,
     logvar: Float[Array, ""] | float,
+    *,
+    frames_apart: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, ""] | float, Metrics]:
     """Returns the negative log likelihood of the video, the weighted divergence, and the terms as means.
 
-    Without a posterior the divergence is 0.
+    Without a posterior the divergence is 0. With `frames_apart` every frame has a posterior of its own.
     """
     difference = reconstruction - video
     metrics = {"l1": jnp.abs(difference).mean(), "l2": jnp.square(difference).mean()}
@@ -103,4 +108,5 @@ def measure(
         return likelihood, 0.0, metrics
     metrics["kl"] = posterior.kl().sum() / posterior.mean.size
     kl = config.kl_loss_weight * metrics["kl"]
-    return likelihood, kl * posterior.mean[0].size if summed else kl, metrics
+    values = posterior.mean[0, 0].size if frames_apart else posterior.mean[0].size
+    return likelihood, kl * values if summed else kl, metrics

@@ -176,7 +176,7 @@ def test_the_bucket_with_the_most_pixels_decides_for_its_line(tmp_path, mesh, lo
 
 def test_headroom_and_what_lies_on_the_device_stay_free(tmp_path, mesh, monkeypatch):
     half = choose(tmp_path / "a", mesh, Known(), headroom=0.5)
-    monkeypatch.setattr(batch_sizes, "_resident_bytes", lambda mesh: GIB // 2)
+    monkeypatch.setattr(batch_sizes, "resident_bytes", lambda mesh: GIB // 2)
     assert choose(tmp_path / "b", mesh, Known()) == half
     assert half[LONG] <= GIB / 2 / (129 * 48 * 48 * PER_PIXEL)
 

@@ -111,16 +111,23 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl")] == list(range(1, 8))
 
 
-def test_a_run_that_continues_begins_before_all_is_compiled(tmp_path, monkeypatch):
-    train(tmp_path / "run", 3)
+def test_a_run_that_continues_on_the_same_devices_begins_before_all_is_compiled(tmp_path, monkeypatch):
+    known = []
+    prepare = Programs.prepare
+    monkeypatch.setattr(
+        Programs, "prepare", lambda self, examples, known_to_fit: known.append(known_to_fit) or self.compile(examples)
+    )
+    train(tmp_path, 3)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "run", 6, stop_after=5)
-    made = []
-    monkeypatch.setattr(Programs, "compile", lambda self, examples: made.append("all") or self.begin(examples))
-    train(tmp_path / "run", 6)
-    assert made == []
-    train(tmp_path / "run", 7)  # with another schedule, perhaps
-    assert made == ["all"]
+        train(tmp_path, 6, stop_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, 6, stop_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, 6, stop_after=5, mesh=(2, 2, 1, 2))
+    assert known == [False, False, True, False]  # another schedule, the same, other devices
+    monkeypatch.setattr(Programs, "prepare", prepare)
+    monkeypatch.setattr(Programs, "compile", None)
+    train(tmp_path, 6)
 
 
 def test_a_checkpoint_holds_the_config_and_the_versions_it_was_made_with(tmp_path, caplog, monkeypatch):

@@ -42,6 +42,8 @@ def test_summed_losses_count_every_value_of_a_frame_and_of_a_latent():
     nll, kl, parts = vae.measure(config, video, video + 0.5, posterior, distance, 0.1)
     assert nll == pytest.approx((5 * 7 * 3) * ((0.5 + 2 * 0.25) / np.exp(0.1) + 0.1))
     assert kl == pytest.approx(10 * 0.5 * (2 * 1 * 1 * 4))
+    images = vae.measure(config, video, video, posterior, distance, 0.1, frames_apart=True)
+    assert images[1] == pytest.approx(10 * 0.5 * (1 * 1 * 4))
     assert parts["perceptual"] == pytest.approx(0.25)
     assert vae.measure(config, video, video, None, None, 0.0)[1] == 0  # an autoencoder without noise
 

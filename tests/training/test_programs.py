@@ -76,6 +76,27 @@ def test_a_step_that_is_due_does_not_wait_for_those_begun_before_it(mesh, state,
     assert asked == ["first"]
 
 
+def test_what_lies_on_a_device_already_is_not_free(mesh, state, monkeypatch):
+    monkeypatch.setattr(programs, "device_memory", lambda mesh: 20_000)
+    monkeypatch.setattr(programs, "resident_bytes", lambda mesh: 17_000)  # encoders
+    with pytest.raises(UserError, match="long needs"):
+        Programs(assembled(state), mesh).compile({"long": shapes(500, mesh)})
+    monkeypatch.setattr(programs, "resident_bytes", lambda mesh: 0)
+    Programs(assembled(state), mesh).compile({"long": shapes(500, mesh)})
+
+
+@pytest.mark.parametrize(
+    ("known", "on_gpus", "expected"), [(True, False, "begin"), (True, True, "compile"), (False, False, "compile")]
+)
+def test_steps_that_fit_are_compiled_beside_a_run_but_not_on_gpus(mesh, state, monkeypatch, known, on_gpus, expected):
+    made, asked = Programs(assembled(state), mesh), []
+    made._on_gpus = on_gpus
+    for name in ("begin", "compile"):
+        monkeypatch.setattr(made, name, lambda examples, name=name: asked.append(name))
+    made.prepare({}, known_to_fit=known)
+    assert asked == [expected]
+
+
 def test_a_step_begun_ahead_that_does_not_fit_is_refused_when_it_is_due(mesh, state, monkeypatch):
     monkeypatch.setattr(programs, "device_memory", lambda mesh: 3000)
     made = Programs(assembled(state), mesh)
