@@ -104,8 +104,8 @@ class Programs:
     @property
     def devices(self) -> dict[str, Any]:
         """What besides the config decides whether programs fit, as JSON has it."""
-        kind = self.mesh.devices.flat[0].device_kind
-        return {"mesh": dict(self.mesh.shape), "kind": kind, "memory": self._room, "jax": jax.__version__}
+        kind, memory = self.mesh.devices.flat[0].device_kind, device_memory(self.mesh)
+        return {"mesh": dict(self.mesh.shape), "kind": kind, "memory": memory, "jax": jax.__version__}
 
     def prepare(self, examples: Mapping[str, AbstractBatch], *, known_to_fit: bool) -> None:
         """Compiles for all of these before it returns, or, where they are known to fit, beside what follows.
