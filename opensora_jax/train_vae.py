@@ -30,12 +30,11 @@ from opensora_jax.data.table.records import read_table
 from opensora_jax.inference.latents import check_sizes
 from opensora_jax.models.codec import Codec
 from opensora_jax.parallel.batch import abstract_batch, data_share, to_host
-from opensora_jax.parallel.distributed import DistributedConfig, connect, from_first
+from opensora_jax.parallel.distributed import DistributedConfig, connect, end_at_once, from_first
 from opensora_jax.parallel.mesh import MeshConfig, data_shards, make_mesh, one_device, this_process
 from opensora_jax.training import reconstruction, vae
 from opensora_jax.training.loop import LoopConfig, Run
 from opensora_jax.training.optimizer import OptimConfig, make_optimizer
-from opensora_jax.training.preemption import end_at_once
 from opensora_jax.training.programs import Assembled
 from opensora_jax.training.state import check_average, make_train_step, plan_state
 from opensora_jax.weights.lora import frozen_parameters

@@ -72,10 +72,15 @@ def connect(config: DistributedConfig, *, apart: bool = False, saves: bool = Fal
             "give config.distributed.coordinator_address, .num_processes and .process_id"
         ) from error
     if jax.process_count() == 1:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has nobody to tell, and would swallow it
+        end_at_once()
     logging.info(
         "process %d of %d, %d devices here", jax.process_index(), jax.process_count(), jax.local_device_count()
     )
+
+
+def end_at_once() -> None:
+    """Makes SIGTERM end this process where it stands: there is nothing to save, and JAX may listen and swallow it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def from_first(value: Any) -> Any:

@@ -47,8 +47,3 @@ class Preemption:
         logging.warning("asked to stop (signal %d): saving first; the next signal ends this process at once", number)
         self.told = True
         signal.signal(number, self._before)
-
-
-def end_at_once() -> None:
-    """Makes SIGTERM end this process where it stands: there is nothing to save, and JAX may have listened for it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
